@@ -1,0 +1,467 @@
+"""``lamina.jit``: compile a function that reads and writes modules in place."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._core import bind
+from .._core.bind import LOCK, STATE, VERSION, Frame, Retry
+from .._core.errors import LaminaError
+from .._core.parameter import Box, Parameter
+from .._core.walk import identify, static_value
+
+__all__ = ["Jitted", "jit"]
+
+_MOST_TRACES = 20
+_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+def jit(
+    fn: Callable[..., Any] | None = None,
+    *,
+    static_argnums: int | Iterable[int] = (),
+    static_argnames: str | Iterable[str] = (),
+) -> Any:
+    """Compile a function; what it writes into modules is visible outside, as in PyTorch.
+
+    Modules and optimizers may be arguments (also inside lists and dicts) or closures. Values that
+    the function writes are donated to the compiled program, so memory is reused; arrays that you
+    got from ``p.data`` or ``state_dict()`` stay valid. Another shape, structure, flag or plain
+    attribute compiles anew; another instance of the same structure does not.
+
+    Args:
+        fn: a function or a module. Left out, ``jit`` is a decorator with options.
+        static_argnums: positions of arguments that are constants of the program. Strings and other
+            arguments that can't be arrays are so by themselves.
+        static_argnames: names of such keyword arguments.
+
+    Returns:
+        A function of the same signature.
+
+    Raises:
+        StaticWriteError: if ``fn`` changes a plain attribute or the structure of a module.
+        DataDependentError: if Python control flow in a module depends on an array's value.
+
+    Example:
+        >>> import jax.numpy as jnp, lamina, optax
+        >>> from lamina import nn
+        >>> net = nn.LazyLinear(1)
+        >>> opt = lamina.Optimizer(net, optax.sgd(0.1))
+        >>> @lamina.jit
+        ... def step(net, opt, x, y):
+        ...     loss, grads = lamina.value_and_grad(lambda net: ((net(x) - y) ** 2).mean())(net)
+        ...     opt.step(grads)
+        ...     return loss
+        >>> x, y = jnp.ones((4, 3)), jnp.ones((4, 1))
+        >>> first, second = step(net, opt, x, y), step(net, opt, x, y)
+        >>> bool(second < first)
+        True
+    """
+    if fn is None:
+        return functools.partial(
+            jit, static_argnums=static_argnums, static_argnames=static_argnames
+        )
+    return Jitted(fn, static_argnums, static_argnames)
+
+
+class Jitted:
+    """A compiled function; made by :func:`jit`."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        static_argnums: int | Iterable[int] = (),
+        static_argnames: str | Iterable[str] = (),
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(f"lamina.jit: expected a function or a module, got {type(fn).__name__}")
+        functools.update_wrapper(self, fn, updated=())
+        self._module = fn if hasattr(fn, "_state_boxes") else None
+        self._fn = _call_module if self._module is not None else fn
+        shift = 0 if self._module is None else 1
+        numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
+        self._static_numbers = frozenset(number + shift for number in numbers)
+        self._static_names = frozenset(
+            (static_argnames,) if isinstance(static_argnames, str) else static_argnames
+        )
+        self._has_static = bool(self._static_numbers or self._static_names)
+        self._bindings: dict[Any, _Binding] = {}
+        self._programs: dict[Any, list[_Program]] = {}
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._module is not None:
+            args = (self._module, *args)
+        if self._has_static:
+            args, kwargs = self._mark_static(args, kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays: list[Any] = []
+        key: list[Any] = [treedef]
+        for leaf in leaves:
+            kind = _KINDS.get(type(leaf)) or _classify(leaf)
+            if kind == _ARRAY:
+                arrays.append(leaf)
+                key.append(None)
+            else:
+                key.append(id(leaf) if kind == _OWNER else _static_key(leaf))
+        place = tuple(key)
+        binding = self._bindings.get(place)
+        if binding is not None and binding.version == VERSION.static and not STATE.frames:
+            if not binding.mutable or binding.is_unchanged():
+                return binding.run(arrays)
+        return self._call(place, leaves, treedef, lambda found: found.call(arrays))
+
+    def _call(
+        self, place: Any, leaves: list[Any], treedef: Any, use: Callable[[_Binding], Any]
+    ) -> Any:
+        """Run ``use`` on a binding, tracing again while the trace knows too little."""
+        learnt: _Learnt = _Learnt()
+        for _ in range(_MOST_TRACES):
+            binding = self._bind(place, leaves, treedef, learnt)
+            try:
+                result = use(binding)
+            except Retry:
+                learnt = binding.learnt
+                continue
+            if not STATE.frames:
+                self._keep(place, binding)
+            return result
+        raise LaminaError(
+            f"{self._name()}: the function touches other parameters each time it is traced "
+            f"({_MOST_TRACES} times); build its modules outside of it"
+        )
+
+    def _mark_static(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return (
+            tuple(_Static(a) if i in self._static_numbers else a for i, a in enumerate(args)),
+            {k: _Static(v) if k in self._static_names else v for k, v in kwargs.items()},
+        )
+
+    def _keep(self, place: Any, binding: _Binding) -> None:
+        self._bindings[place] = binding
+        for owner in binding.owners:
+            binding.watch.append(weakref.ref(owner, lambda _: self._bindings.pop(place, None)))
+        binding.owners = []
+
+    def _bind(self, place: Any, leaves: list[Any], treedef: Any, learnt: _Learnt) -> _Binding:
+        owners, statics = [], []
+        for leaf in leaves:
+            kind = _KINDS[type(leaf)]
+            if kind == _OWNER:
+                owners.append(leaf)
+            elif kind == _STATIC:
+                statics.append(_static_key(leaf))
+        shape = tuple(_KINDS[type(leaf)] for leaf in leaves)
+        binding = _Binding(leaves, treedef, shape, owners)
+        key = (treedef, shape, tuple(statics), binding.fingerprint)
+        programs = self._programs.setdefault(key, [])
+        program = next((p for p in programs if p.is_current()), None)
+        if program is None:
+            program = _Program(self._fn, self._name())
+            program.kept = [ref for ref in binding.refs.values() if not ref[2]]
+            programs.append(program)
+        program.learn(binding, learnt)
+        binding.use(program)
+        return binding
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the lowered program for these arguments (``jax.stages.Lowered``)."""
+        if self._module is not None:
+            args = (self._module, *args)
+        args, kwargs = self._mark_static(args, kwargs)
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays = [leaf for leaf in leaves if _classify(leaf) == _ARRAY]
+        return self._call(None, leaves, treedef, lambda found: found.lower(arrays))
+
+    def _name(self) -> str:
+        return getattr(self, "__name__", None) or type(self._module or self._fn).__name__
+
+    def __repr__(self) -> str:
+        return f"<lamina.jit of {self._name()}>"
+
+
+class _Learnt:
+    """What a trace found out: boxes it wrote, and boxes it read that were not bound."""
+
+    def __init__(self, written: Iterable[Box] = (), read: Iterable[Box] = ()) -> None:
+        self.written = list(written)
+        self.read = list(read)
+
+
+class _Program:
+    """One compiled program: which boxes go in, which of them come out, by reference.
+
+    A reference is ``(owner index, box index, is gradient)`` for what arguments own, so that the
+    program serves every instance of their structure, and the box itself for closures.
+    """
+
+    def __init__(self, fn: Callable[..., Any], name: str) -> None:
+        self.fn = fn
+        self.name = name
+        self.donated: list[Any] = []
+        self.kept: list[Any] = []
+        self.closures: dict[Any, Any] = {}
+        self.has_static = False
+        self.current: _Binding | None = None
+        traced = functools.partial(self._trace)
+        functools.update_wrapper(traced, self._trace)
+        traced.__name__ = traced.__qualname__ = name  # type: ignore[attr-defined]
+        self.compiled = jax.jit(traced, donate_argnums=0)
+        self.nested = jax.jit(traced)
+
+    def is_current(self) -> bool:
+        """Whether the closures are as they were when the program was traced."""
+        return all(
+            module._state_fingerprint()[0] == before for module, before in self.closures.items()
+        )
+
+    def learn(self, binding: _Binding, learnt: _Learnt) -> None:
+        known = {_ref_key(ref) for ref in self.donated}
+        for box in learnt.written:
+            ref = binding.refs.get(box, box)
+            if _ref_key(ref) not in known:
+                known.add(_ref_key(ref))
+                self.donated.append(ref)
+        self.kept = [ref for ref in self.kept if _ref_key(ref) not in known]
+        known.update(_ref_key(ref) for ref in self.kept)
+        for box in learnt.read:
+            ref = binding.refs.get(box, box)
+            if _ref_key(ref) not in known:
+                known.add(_ref_key(ref))
+                self.kept.append(ref)
+
+    def _trace(self, donated: list[Any], kept: list[Any], arrays: list[Any]) -> Any:
+        binding = self.current
+        assert binding is not None
+        with Frame(f"lamina.jit of {self.name}", captures=True, compiled=True) as frame:
+            frame.bind(binding.donated, donated)
+            frame.bind(binding.kept, kept)
+            args, kwargs = binding.arguments(arrays)
+            result = self.fn(*args, **kwargs)
+            known = set(binding.donated)
+            written = [box for box in frame.written if box not in known]
+            known.update(binding.kept)
+            read = [box for box in frame.captured if box not in known]
+            if written or read or frame.stale:
+                binding.learnt = _Learnt(written, read)
+                raise Retry
+            self._note_closures(binding, frame)
+            result = jax.tree.map(self._seal, result)
+            return [box._value for box in binding.donated], result
+
+    def _note_closures(self, binding: _Binding, frame: Frame) -> None:
+        modules = dict(frame.modules)
+        for box in (*binding.donated, *binding.kept):
+            if box not in binding.refs and (root := identify(box)[0]) is not None:
+                modules[root] = None
+        inside = {part for owner in binding.live() for part in _parts(owner)}
+        for module in modules:
+            if module not in inside and module.__dict__["_born"] != frame.serial:
+                self.closures[module] = module._state_fingerprint()[0]
+
+    def _seal(self, leaf: Any) -> Any:
+        if _classify(leaf) == _ARRAY:
+            return leaf
+        self.has_static = True
+        return _Static(leaf)
+
+
+class _Binding:
+    """A program together with the very boxes of one set of arguments."""
+
+    def __init__(
+        self, leaves: list[Any], treedef: Any, shape: tuple[int, ...], owners: list[Any]
+    ) -> None:
+        self.template = [None if k == _ARRAY else leaf for k, leaf in zip(shape, leaves, strict=True)]
+        self.treedef = treedef
+        self.shape = shape
+        self.owners = owners
+        self.watch: list[Any] = []
+        self.learnt = _Learnt()
+        self.version = VERSION.static
+        self.seen_exposed = -1
+        self.refs: dict[Box, Any] = {}
+        prints, shared = [], []
+        self.mutable: list[tuple[Any, Any]] = []
+        for place, owner in enumerate(owners):
+            mark, mutable = owner._state_fingerprint()
+            prints.append(mark)
+            self.mutable += mutable
+            for index, box in enumerate(owner._state_boxes()):
+                first = self.refs.setdefault(box, (place, index, False))
+                if first[0] != place:
+                    shared.append((place, index, first))
+                if isinstance(box, Parameter) and box._grad is not None:
+                    self.refs.setdefault(box._grad, (place, index, True))
+        self.fingerprint = (tuple(prints), tuple(shared))
+        # The template must not keep the owners alive once the binding is cached.
+        self.owner_refs = [weakref.ref(owner) for owner in owners]
+        self.template = [
+            None if k == _OWNER else leaf for k, leaf in zip(shape, self.template, strict=True)
+        ]
+
+    def use(self, program: _Program) -> None:
+        self.program = program
+        boxes = [owner._state_boxes() for owner in self.owners]
+
+        def resolve(ref: Any) -> Box:
+            if isinstance(ref, Box):
+                return ref
+            box = boxes[ref[0]][ref[1]]
+            return box._grad_box() if ref[2] else box
+
+        self.donated = [resolve(ref) for ref in program.donated]
+        self.kept = [resolve(ref) for ref in program.kept]
+        self.mutable += [
+            pair for module in program.closures for pair in module._state_fingerprint()[1]
+        ]
+
+    def live(self) -> list[Any]:
+        return [owner for ref in self.owner_refs if (owner := ref()) is not None]
+
+    def is_unchanged(self) -> bool:
+        return all(static_value(container) == mark for container, mark in self.mutable)
+
+    def arguments(self, arrays: list[Any]) -> tuple[Any, Any]:
+        values, owners = iter(arrays), iter(self.owner_refs)
+        leaves = [
+            next(values) if kind == _ARRAY else next(owners)() if kind == _OWNER else leaf
+            for kind, leaf in zip(self.shape, self.template, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(self.treedef, leaves)
+        return (
+            tuple(a.value if type(a) is _Static else a for a in args),
+            {k: v.value if type(v) is _Static else v for k, v in kwargs.items()},
+        )
+
+    def run(self, arrays: list[Any]) -> Any:
+        """Call the compiled program: values out of the boxes, new values back into them."""
+        program = self.program
+        with LOCK:
+            program.current = self
+            donated = [box._value for box in self.donated]
+            if self.seen_exposed != VERSION.exposed:
+                self._protect(donated)
+            results: list[Any] = []
+            try:
+                # Called through map, so that an interrupt that arrives during the call can't come
+                # between the return and the assignment, when the donated values are gone already.
+                results.extend(
+                    map(program.compiled, (donated,), ([box._value for box in self.kept],), (arrays,))
+                )
+            finally:
+                program.current = None
+                if results:
+                    for box, value in zip(self.donated, results[0][0], strict=True):
+                        box._value = value
+        result = results[0][1]
+        return jax.tree.map(_open, result, is_leaf=_is_static) if program.has_static else result
+
+    def _protect(self, donated: list[Any]) -> None:
+        """Replace values that the user holds by copies: donation must not delete those."""
+        for index, box in enumerate(self.donated):
+            value = donated[index]
+            if value is not None and box._exposed is value:
+                donated[index] = jnp.copy(value)
+        self.seen_exposed = VERSION.exposed
+
+    def call(self, arrays: list[Any]) -> Any:
+        """Call with all checks: the first time, or inside another transform."""
+        if not STATE.frames:
+            return self.run(arrays)
+        program = self.program
+        for module in program.closures:
+            bind.note_module(module)
+        donated = [_inner_value(box) for box in self.donated]
+        kept = [_inner_value(box) for box in self.kept]
+        with LOCK:
+            program.current = self
+            written, result = program.nested(donated, kept, arrays)
+            program.current = None
+        for module in program.closures:
+            bind.note_module(module)
+        for box, value in zip(self.donated, written, strict=True):
+            bind.store(box, value)
+        return jax.tree.map(_open, result, is_leaf=_is_static) if program.has_static else result
+
+    def lower(self, arrays: list[Any]) -> Any:
+        donated = [box._value for box in self.donated]
+        kept = [box._value for box in self.kept]
+        with LOCK:
+            self.program.current = self
+            return self.program.compiled.lower(donated, kept, arrays)
+
+
+def _inner_value(box: Box) -> Any:
+    """Read a box that may still be without a value through the enclosing frames."""
+    if box._value is None and (box._awaits_shapes or box._is_free):
+        bind.note_read(box)
+        return None
+    return box._read()
+
+
+def _parts(owner: Any) -> list[Any]:
+    net = getattr(owner, "net", owner)
+    return [module for _, module in net._walk_modules()]
+
+
+def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
+class _Static:
+    """A value that is part of the program, not of its data."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Static) and static_value(self.value) == static_value(other.value)
+
+    def __hash__(self) -> int:
+        return hash(static_value(self.value))
+
+
+jax.tree_util.register_pytree_node(_Static, lambda box: ((), box), lambda box, _: box)
+
+_ARRAY, _OWNER, _STATIC = 1, 2, 3
+_KINDS: dict[type, int] = {}
+
+
+def _classify(leaf: Any) -> int:
+    kind = _KINDS.get(type(leaf))
+    if kind is None:
+        if isinstance(leaf, _ARRAYS) or hasattr(leaf, "__jax_array__"):
+            kind = _ARRAY
+        else:
+            kind = _OWNER if hasattr(leaf, "_state_boxes") else _STATIC
+        _KINDS[type(leaf)] = kind
+    return kind
+
+
+def _static_key(leaf: Any) -> Any:
+    return static_value(leaf)
+
+
+def _ref_key(ref: Any) -> Any:
+    return id(ref) if isinstance(ref, Box) else ref
+
+
+def _is_static(leaf: Any) -> bool:
+    return type(leaf) is _Static
+
+
+def _open(leaf: Any) -> Any:
+    return leaf.value if type(leaf) is _Static else leaf

@@ -1,0 +1,285 @@
+"""The one place where bytes of a file become ``jax.Array`` or numpy arrays, and back.
+
+On CPU, JAX takes 64-byte aligned host memory as it is. So an aligned tensor is the mapped file
+itself, and all others are read in vectors into aligned memory of our own: one copy, never two. JAX
+copies a borrowed buffer before it writes to it, so the file is never changed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lamina._core.errors import FileError, TypeMismatchError
+from lamina.io.mounts import on_network
+from lamina.io.tensorfile import FileBytes, TensorHandle
+
+__all__ = ["host_array", "is_array", "to_jax", "to_numpy"]
+
+_ALIGN = 64
+_SMALL = 4096
+_ARENA = 32 << 20
+_NARROW = {
+    np.dtype(np.int64): np.dtype(np.int32),
+    np.dtype(np.uint64): np.dtype(np.uint32),
+    np.dtype(np.float64): np.dtype(np.float32),
+    np.dtype(np.complex128): np.dtype(np.complex64),
+}
+
+
+def to_jax(
+    handles: Sequence[TensorHandle], *, dtype: Any = None, copy: bool | None = None
+) -> list[jax.Array]:
+    """Read tensors as JAX arrays on the default device.
+
+    Args:
+        handles: what to read; handles of the same tensor give one and the same array.
+        dtype: cast floating-point tensors to this dtype.
+        copy: ``True`` reads into memory of our own; ``False`` maps the file wherever it can;
+            ``None`` maps unless the file is on a network file system.
+
+    Returns:
+        One array per handle. 64-bit types become 32-bit unless JAX's x64 mode is on, with one
+        warning that names the tensors.
+
+    Raises:
+        FileError: if the data cannot be read, or integers do not fit in 32 bits.
+    """
+    narrow = {} if jax.config.jax_enable_x64 else _NARROW
+    hosts, places = _host_arrays(handles, dtype, narrow, copy, alias=True)
+    narrowed = [handle for handle, host in zip(handles, places, strict=True)
+                if handle.dtype in narrow and hosts[host].dtype == narrow[handle.dtype]
+                and (dtype is None or not jnp.issubdtype(handle.dtype, jnp.floating))]  # fmt: skip
+    if narrowed:
+        _warn_narrowed(narrowed, narrow)
+    arrays = jax.device_put(hosts)
+    made = [arrays[place] for place in places]
+    return [
+        _random_key(handle, array) if handle.prng else array
+        for handle, array in zip(handles, made, strict=True)
+    ]
+
+
+def to_numpy(
+    handles: Sequence[TensorHandle], *, dtype: Any = None, copy: bool | None = None
+) -> list[np.ndarray]:
+    """Read tensors as numpy arrays with the file's exact dtypes.
+
+    Args:
+        handles: what to read; handles of the same tensor give one and the same array.
+        dtype: cast floating-point tensors to this dtype.
+        copy: as for ``to_jax``; arrays that map the file are read-only, copies are writable.
+
+    Returns:
+        One array per handle. Random keys come as their data.
+
+    Raises:
+        FileError: if the data cannot be read.
+    """
+    hosts, places = _host_arrays(handles, dtype, {}, copy, alias=False)
+    return [hosts[place] for place in places]
+
+
+def is_array(value: object) -> bool:
+    """Whether ``value`` is stored as a tensor: a JAX or numpy array, or something that gives one."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return True
+    if isinstance(value, np.generic | type):
+        return False
+    return hasattr(value, "__jax_array__") or hasattr(value, "__array__")
+
+
+def host_array(value: Any, where: str) -> tuple[np.ndarray, str]:
+    """Return a value's bytes on the host, without a copy where possible.
+
+    Args:
+        value: an array, or an object with ``__jax_array__`` or ``__array__``.
+        where: its dotted path, for messages.
+
+    Returns:
+        The array in the machine's byte order, and the name of the random-key implementation if
+        ``value`` is a typed JAX key (else ``""``).
+
+    Raises:
+        TypeMismatchError: if the array has no plain elements, was deleted, or is not addressable.
+    """
+    if not isinstance(value, jax.Array | np.ndarray) and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
+    prng = ""
+    if isinstance(value, jax.Array):
+        if isinstance(value, jax.core.Tracer):
+            raise TypeMismatchError(
+                f"{where}: cannot save a traced value; call save outside of jit and grad"
+            )
+        if value.is_deleted():
+            raise TypeMismatchError(
+                f"{where}: the array was deleted (donated to a compiled function); "
+                f"save the array that the function returned"
+            )
+        if not value.is_fully_addressable:
+            raise TypeMismatchError(
+                f"{where}: the array is spread over several processes; gather it first, for "
+                f"instance with jax.experimental.multihost_utils.process_allgather"
+            )
+        if not isinstance(value.dtype, np.dtype):
+            prng = str(jax.random.key_impl(value))
+            value = jax.random.key_data(value)
+    host = np.asarray(value)
+    if host.dtype.hasobject or host.dtype.names is not None or host.dtype.kind in "OSUMm":
+        raise TypeMismatchError(
+            f"{where}: cannot save an array of dtype {host.dtype}; "
+            f"only numbers and booleans are stored"
+        )
+    if not host.dtype.isnative:
+        host = host.astype(host.dtype.newbyteorder("="))
+    return host, prng
+
+
+def _host_arrays(
+    handles: Sequence[TensorHandle],
+    dtype: Any,
+    narrow: dict[np.dtype, np.dtype],
+    copy: bool | None,
+    alias: bool,
+) -> tuple[list[np.ndarray], list[int]]:
+    """Return the distinct arrays, and for every handle the index of its own.
+
+    ``alias``: a mapped array is good only if JAX can take it over, that is, 64-byte aligned.
+    """
+    target = None if dtype is None else np.dtype(dtype)
+    copies: dict[str, bool] = {}
+    seen: dict[Hashable, int] = {}
+    places: list[int] = []
+    hosts: list[np.ndarray] = []
+    slots: list[tuple[TensorHandle, int, np.dtype]] = []
+    for handle in handles:
+        index = seen.setdefault(handle.key, len(hosts))
+        places.append(index)
+        if index < len(hosts):
+            continue
+        if handle.file not in copies:
+            copies[handle.file] = on_network(handle.file) if copy is None else copy
+        wanted = handle.dtype
+        if target is not None and jnp.issubdtype(wanted, jnp.floating):
+            wanted = target
+        wanted = narrow.get(wanted, wanted)
+        mapped = wanted == handle.dtype and not handle.refused and not copies[handle.file]
+        if alias:
+            mapped = mapped and handle.contiguous and _mappable(handle)
+        if mapped:
+            hosts.append(handle.read())
+        else:
+            slots.append((handle, index, wanted))
+            hosts.append(_EMPTY)
+    _fill(slots, hosts)
+    return hosts, places
+
+
+_EMPTY = np.empty(0, np.uint8)
+
+
+def _mappable(handle: TensorHandle) -> bool:
+    return handle.nbytes == 0 or (
+        handle.offset % _ALIGN == 0
+        and handle.nbytes >= _SMALL
+        and isinstance(handle.source, FileBytes)
+    )
+
+
+def _fill(slots: list[tuple[TensorHandle, int, np.dtype]], hosts: list[np.ndarray]) -> None:
+    """Give every slot aligned memory and read the tensors into it, in the order of the file."""
+    slots.sort(key=lambda slot: (slot[0].file, slot[0].offset))
+    pieces = _allocate([_size(handle, wanted) for handle, _, wanted in slots])
+    run: list[np.ndarray] = []
+    source: FileBytes | None = None
+    start = end = 0
+    for (handle, index, wanted), memory in zip(slots, pieces, strict=True):
+        hosts[index] = memory.view(wanted).reshape(handle.shape)
+        direct = wanted == handle.dtype and handle.contiguous
+        if not (direct and isinstance(handle.source, FileBytes)):
+            _convert(handle, hosts[index])
+        elif handle.nbytes:
+            if handle.source is not source or handle.offset != end:
+                if source is not None:
+                    source.read_into(start, run)
+                source, run, start = handle.source, [], handle.offset
+            run.append(memory)
+            end = handle.offset + handle.nbytes
+    if source is not None:
+        source.read_into(start, run)
+
+
+def _size(handle: TensorHandle, wanted: np.dtype) -> int:
+    if handle.refused:
+        handle.read()
+    # Shapes were checked against the file, so this is bounded by its size.
+    return handle.nbytes // handle.dtype.itemsize * wanted.itemsize
+
+
+def _allocate(sizes: list[int]) -> list[np.ndarray]:
+    """Return 64-byte aligned ``uint8`` arrays that share a few large blocks of memory.
+
+    Blocks are bounded, so that one small tensor that outlives the others keeps little alive.
+    """
+    pieces: list[np.ndarray] = []
+    block: list[int] = []
+    used = 0
+    for size in [*sizes, None]:
+        room = 0 if size is None else -(-size // _ALIGN) * _ALIGN
+        if block and (size is None or used + room > _ARENA):
+            memory = _aligned(used)
+            position = 0
+            for piece in block:
+                pieces.append(memory[position : position + piece])
+                position += -(-piece // _ALIGN) * _ALIGN
+            block, used = [], 0
+        if size is not None:
+            block.append(size)
+            used += room
+    return pieces
+
+
+def _aligned(size: int) -> np.ndarray:
+    memory = np.empty(size + _ALIGN, np.uint8)
+    start = -memory.ctypes.data % _ALIGN
+    return memory[start : start + size]
+
+
+def _convert(handle: TensorHandle, out: np.ndarray) -> None:
+    read = handle.read()
+    if read.size and read.dtype.kind in "iu" and out.dtype.itemsize < read.dtype.itemsize:
+        limits = np.iinfo(out.dtype)
+        low, high = int(read.min()), int(read.max())
+        if low < limits.min or high > limits.max:
+            raise FileError(
+                f"{handle.file}: tensor {handle.name!r} has {read.dtype} values from {low} to "
+                f"{high} that do not fit {out.dtype}; turn x64 on with "
+                f'jax.config.update("jax_enable_x64", True), or load with numpy=True'
+            )
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, read, casting="unsafe")
+
+
+def _warn_narrowed(handles: list[TensorHandle], narrow: dict[np.dtype, np.dtype]) -> None:
+    names = [f"{h.name!r} ({h.dtype} -> {narrow[h.dtype]})" for h in handles]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    warnings.warn(
+        f"{handles[0].file}: 64-bit tensors were loaded as 32-bit: {shown}. Keep 64 bits with "
+        f'jax.config.update("jax_enable_x64", True), or load with numpy=True.',
+        stacklevel=4,
+    )
+
+
+def _random_key(handle: TensorHandle, data: jax.Array) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(data, impl=handle.prng)
+    except (ValueError, TypeError, KeyError) as error:
+        raise FileError(
+            f"{handle.file}: tensor {handle.name!r} is not the data of a "
+            f"{handle.prng!r} random key: {error}"
+        ) from error

@@ -1,0 +1,432 @@
+"""What every reader returns: a mapping of names to lazy tensors that know where their bytes are.
+
+* ``FileBytes`` is an open file: mapped read-only on first use, and readable in vectors.
+  ``LazyBytes`` stands in where the bytes are not in the file as they are (a deflated record).
+* ``TensorHandle`` is one tensor: name, shape, dtype and the place of its bytes; nothing is read
+  before ``read()``.
+* ``TensorFile`` is the mapping ``{name: TensorHandle}`` of a whole file (or of all its shards).
+
+A format is a function ``open_x(path) -> TensorFile``.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from lamina._core.errors import FileError, did_you_mean
+
+__all__ = ["FileBytes", "LazyBytes", "TensorFile", "TensorHandle"]
+
+_CHUNK = 1 << 20
+_MOST_BUFFERS = 512
+
+
+class FileBytes:
+    """The bytes of a regular file, read-only. ``close`` leaves arrays that were handed out valid.
+
+    Raises:
+        FileError: if the path is not a regular file.
+        OSError: if it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        self.fd = -1
+        mode = os.stat(self.path).st_mode
+        if stat.S_ISDIR(mode):
+            raise FileError(f"{self.path}: is a directory, expected a file")
+        if not stat.S_ISREG(mode):
+            raise FileError(f"{self.path}: is not a regular file")
+        self.fd = os.open(self.path, os.O_RDONLY)
+        self.size = os.fstat(self.fd).st_size
+        self._buffer: np.ndarray | None = None
+
+    def buffer(self) -> np.ndarray:
+        """Return the whole file as a read-only ``uint8`` array on a shared mapping.
+
+        Raises:
+            FileError: if the file was closed, or shrank since it was opened (touching the lost
+                pages of the mapping would kill the process).
+        """
+        self.check()
+        if self._buffer is None:
+            if self.size == 0:
+                self._buffer = np.frombuffer(b"", np.uint8)
+            else:
+                mapping = mmap.mmap(self.fd, self.size, access=mmap.ACCESS_READ)
+                self._buffer = np.frombuffer(mapping, np.uint8)
+        return self._buffer
+
+    def check(self) -> None:
+        """Raise ``FileError`` if the file is closed or has become shorter."""
+        if self.fd < 0:
+            raise FileError(f"{self.path}: the file was closed; open it again to read from it")
+        now = os.fstat(self.fd).st_size
+        if now < self.size:
+            raise FileError(
+                f"{self.path}: the file was truncated while it was open "
+                f"(it had {self.size} bytes, now {now})"
+            )
+
+    def read_into(self, offset: int, pieces: list[np.ndarray]) -> None:
+        """Fill consecutive ``uint8`` arrays with the bytes from ``offset`` on, in few system calls.
+
+        Raises:
+            FileError: if the file ends before the pieces are full.
+        """
+        self.check()
+        start = 0
+        while start < len(pieces):
+            batch = pieces[start : start + _MOST_BUFFERS]
+            wanted = sum(piece.nbytes for piece in batch)
+            got = os.preadv(self.fd, batch, offset) if wanted else 0
+            offset += got
+            if got == wanted:
+                start += len(batch)
+                continue
+            if got == 0:
+                raise FileError(f"{self.path}: the file ends at byte {offset}, expected more data")
+            while start < len(pieces) and got >= pieces[start].nbytes:
+                got -= pieces[start].nbytes
+                start += 1
+            pieces = [pieces[start][got:], *pieces[start + 1 :]]
+            start = 0
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Return up to ``size`` bytes from ``offset`` on; fewer at the end of the file."""
+        self.check()
+        parts: list[bytes] = []
+        while size > 0:
+            part = os.pread(self.fd, min(size, 1 << 30), offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            size -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """Close the file. Arrays read before keep the mapping alive as long as they need it."""
+        fd, self.fd = self.fd, -1
+        self._buffer = None
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            self.close()
+
+
+class LazyBytes:
+    """Bytes that have to be made first, for instance inflated; made once, on first use."""
+
+    def __init__(self, path: str, size: int, produce: Callable[[], bytes | memoryview]):
+        self.path = path
+        self.size = size
+        self._produce = produce
+        self._buffer: np.ndarray | None = None
+
+    def buffer(self) -> np.ndarray:
+        """Return the bytes as a read-only ``uint8`` array."""
+        if self._buffer is None:
+            made = np.frombuffer(memoryview(self._produce()).toreadonly(), np.uint8)
+            if made.nbytes != self.size:
+                raise FileError(
+                    f"{self.path}: a record holds {made.nbytes} bytes, expected {self.size}"
+                )
+            self._buffer = made
+        return self._buffer
+
+    def check(self) -> None:
+        """Nothing can change under bytes held in memory."""
+
+    def close(self) -> None:
+        """Let go of the bytes."""
+        self._buffer = None
+
+
+class TensorHandle:
+    """One tensor of a file, not read yet.
+
+    The maker of a handle has checked that the bytes are inside ``source``; the constructor checks
+    it again, with unbounded integers.
+
+    Args:
+        name: its name in the file.
+        shape: its shape.
+        dtype: the dtype that ``read`` returns, in the machine's byte order.
+        source: where the bytes are.
+        offset: byte position of the first element in ``source``.
+        strides: strides in bytes, not negative; ``None`` for row-major.
+        stored: dtype as it lies in the file where that differs only in byte order.
+        finish: elementwise function applied after reading (conjugate, negate, swap bytes).
+        kind: the file's own word for the type, for messages (``"BF16"``, ``"Q4_K"``).
+        refused: why it cannot be read (a type that numpy has not); listing it still works.
+        prng: the implementation's name if it holds the data of a typed JAX random key.
+        nbytes: bytes in the file, where shape and dtype do not tell (refused types).
+
+    Attributes:
+        file: path of the file that holds it.
+        nbytes: bytes of the whole tensor.
+    """
+
+    __slots__ = (
+        "dtype",
+        "file",
+        "finish",
+        "kind",
+        "name",
+        "nbytes",
+        "offset",
+        "prng",
+        "refused",
+        "shape",
+        "source",
+        "stored",
+        "strides",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        source: FileBytes | LazyBytes,
+        offset: int,
+        *,
+        strides: tuple[int, ...] | None = None,
+        stored: np.dtype | None = None,
+        finish: Callable[[np.ndarray], np.ndarray] | None = None,
+        kind: str = "",
+        refused: str = "",
+        prng: str = "",
+        nbytes: int | None = None,
+    ):
+        size = math.prod(shape)
+        self.name = name
+        self.shape = shape
+        self.dtype = dtype
+        self.source = source
+        self.offset = offset
+        self.strides = strides
+        self.stored = stored
+        self.finish = finish
+        self.kind = kind or dtype.name
+        self.refused = refused
+        self.prng = prng
+        self.nbytes = size * dtype.itemsize if nbytes is None else nbytes
+        self.file = source.path
+        if strides is None:
+            span = self.nbytes
+        elif size == 0:
+            span = 0
+        else:
+            last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+            span = last + dtype.itemsize
+        if offset < 0 or min(shape, default=0) < 0 or min(strides or (), default=0) < 0:
+            raise FileError(f"{self.file}: tensor {name!r} has a negative size, stride or offset")
+        if len(shape) > 64:
+            raise FileError(f"{self.file}: tensor {name!r} has {len(shape)} axes, at most 64")
+        if offset + span > source.size:
+            raise FileError(
+                f"{self.file}: tensor {name!r} needs bytes {offset} to {offset + span}, "
+                f"but there are only {source.size}"
+            )
+
+    @property
+    def key(self) -> Hashable:
+        """Two handles with equal keys are the same tensor (a tie)."""
+        place = (id(self.source), self.offset, self.nbytes)
+        return (*place, self.shape, self.strides, self.dtype, self.finish)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the file holds exactly the bytes of the row-major array."""
+        if self.finish is not None or self.refused or self.stored not in (None, self.dtype):
+            return False
+        if self.strides is None or self.nbytes == 0:
+            return True
+        step = self.dtype.itemsize
+        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n != 1 and stride != step:
+                return False
+            step *= n
+        return True
+
+    def read(self, index: Any = ...) -> np.ndarray:
+        """Read the tensor, or the part that a numpy ``index`` selects, with the file's dtype.
+
+        Args:
+            index: any numpy index; only the memory pages that it needs are read.
+
+        Returns:
+            A read-only array without a copy where the bytes allow it.
+
+        Raises:
+            FileError: if the file was closed or truncated, or numpy has no such type.
+        """
+        if self.refused:
+            raise FileError(f"{self.file}: tensor {self.name!r} {self.refused}")
+        stored = self.stored or self.dtype
+        if 0 in self.shape:
+            full = np.empty(self.shape, stored)
+        else:
+            buffer = self.source.buffer()
+            full = np.ndarray(self.shape, stored, buffer, self.offset, self.strides)
+        part = full[index]
+        if self.finish is not None:
+            part = self.finish(part)
+        # A scalar index gives a numpy scalar; asarray makes it an array again.
+        return np.asarray(part, dtype=self.dtype)
+
+    def chunks(self, limit: int = _CHUNK) -> Iterator[np.ndarray]:
+        """Yield the elements as flat arrays of at most ``limit`` bytes, in row-major order.
+
+        The memory of a chunk is used again for the next one. Tensors that do not lie in the file as
+        they are go along their first axis, whatever size that gives.
+        """
+        if self.refused or not self.contiguous or not isinstance(self.source, FileBytes):
+            yield from self._row_chunks(limit)
+            return
+        step = max(limit // self.dtype.itemsize, 1) * self.dtype.itemsize
+        scratch = np.empty(min(step, self.nbytes), np.uint8)
+        for start in range(0, self.nbytes, step):
+            piece = scratch[: min(step, self.nbytes - start)]
+            self.source.read_into(self.offset + start, [piece])
+            yield piece.view(self.dtype)
+
+    def _row_chunks(self, limit: int) -> Iterator[np.ndarray]:
+        if not self.shape or self.nbytes <= limit:
+            if self.nbytes or self.refused:
+                yield self.read().reshape(-1)
+            return
+        rows = max(limit // (self.nbytes // self.shape[0]), 1)
+        for start in range(0, self.shape[0], rows):
+            yield self.read(slice(start, start + rows)).reshape(-1)
+
+    def __repr__(self) -> str:
+        return f"<tensor {self.name!r} {self.kind} {self.shape} in {self.file}>"
+
+
+class TensorFile(Mapping[str, TensorHandle]):
+    """An open file of tensors: a mapping of names to handles, in the order of the file.
+
+    Every name is a key, also the aliases in ``ties`` (their handle is that of the canonical name).
+    Use it in a ``with`` statement or call ``close``; arrays already read stay valid.
+
+    Args:
+        path: the file, or the directory or index of a sharded checkpoint.
+        kind: name of the format (``"safetensors"``, ``"torch-zip"``, ``"npz"``, ...).
+        tensors: the handles; aliases may be left out.
+        metadata: the file's own text metadata.
+        ties: ``{alias: canonical name}``, canonical names being keys of ``tensors``.
+        tree: nested dicts, lists, tuples and inert values with handles as leaves, for formats that
+            store nested objects; ``None`` if the file is a plain ``{name: tensor}``.
+        nested: whether ``tree`` is the content, even if it is ``None``.
+        sources: what ``close`` closes.
+        checksums: ``{name: crc32 of the bytes}`` where the file records them.
+
+    Example:
+        >>> import numpy as np, lamina.io, tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "x.safetensors")
+        >>> lamina.io.save({"w": np.arange(6.0, dtype="f4").reshape(2, 3)}, path)
+        >>> with lamina.io.open(path) as file:
+        ...     print(file["w"].shape, file["w"].read(1))
+        (2, 3) [3. 4. 5.]
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        kind: str,
+        tensors: dict[str, TensorHandle],
+        *,
+        metadata: dict[str, str] | None = None,
+        ties: dict[str, str] | None = None,
+        tree: Any = None,
+        nested: bool = False,
+        sources: Iterable[FileBytes | LazyBytes | TensorFile] = (),
+        checksums: Mapping[str, int] | None = None,
+    ):
+        self.path = os.fspath(path)
+        self.kind = kind
+        self.metadata = metadata or {}
+        self.ties = ties or {}
+        self.tree = tree
+        self.nested = nested or tree is not None
+        self.checksums = checksums or {}
+        self._tensors = dict(tensors)
+        for alias, name in self.ties.items():
+            self._tensors.setdefault(alias, self._tensors[name])
+        self._sources = tuple(sources)
+
+    def __getitem__(self, name: str) -> TensorHandle:
+        handle = self._tensors.get(name)
+        if handle is None:
+            hint = did_you_mean(str(name), self._tensors)
+            raise KeyError(f"{self.path}: has no tensor {name!r}.{hint}")
+        return handle
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, each tie counted once."""
+        return sum(h.nbytes for name, h in self._tensors.items() if name not in self.ties)
+
+    def verify(self) -> int:
+        """Compare every recorded checksum with the data.
+
+        Returns:
+            How many tensors were compared; 0 if the file records no checksums.
+
+        Raises:
+            FileError: naming every tensor whose bytes are damaged.
+        """
+        damaged = []
+        for name, recorded in self.checksums.items():
+            handle, found = self[name], 0
+            for chunk in handle.chunks():
+                found = zlib.crc32(chunk.view(np.uint8), found)
+            if found != recorded:
+                damaged.append(name)
+        if damaged:
+            shown = ", ".join(repr(name) for name in damaged[:10])
+            more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+            raise FileError(f"{self.path}: the data of {shown}{more} is damaged (wrong checksum)")
+        return len(self.checksums)
+
+    def close(self) -> None:
+        """Close the file; arrays read from it stay valid."""
+        for source in self._sources:
+            source.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} file {self.path}: {len(self)} tensors, {self.nbytes} bytes>"

@@ -1,0 +1,144 @@
+"""Read the zip files of ``torch.save`` (PyTorch 1.6 and later) and of ``torch.jit.save``.
+
+All records lie under one directory: ``data.pkl`` is the object, ``data/<key>`` one storage each, as
+raw bytes that PyTorch aligns to 64, so that they are mapped and never copied.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from lamina._core.errors import FileError
+from lamina.io.tensorfile import FileBytes, LazyBytes, TensorFile
+from lamina.io.torch_globals import call_global
+from lamina.io.torch_pickle import MAX_PICKLE_BYTES, load_pickle
+from lamina.io.torch_storages import StorageTable
+from lamina.io.torch_tensors import Storage
+from lamina.io.torch_tree import NamedTensors
+from lamina.io.torch_values import printable
+from lamina.io.zip_records import DEFLATED, Record, check_crc, read_directory, record_bytes
+
+__all__ = ["open_torch_zip"]
+
+_PICKLE = "/data.pkl"
+
+
+def open_torch_zip(path: str | os.PathLike[str], *, verify: bool = False) -> TensorFile:
+    """Open a zip file that PyTorch wrote; only its directory and its pickle are read.
+
+    Nothing in the file is executed or imported. Pickled modules and TorchScript archives are read
+    as their state dicts.
+
+    Args:
+        path: the file.
+        verify: compare every record with its checksum, where one was recorded. The pickle always
+            is.
+
+    Returns:
+        The tensors by their dotted names, and the nested object as ``tree``.
+
+    Raises:
+        FileError: if the file is damaged, hostile, or not written by PyTorch.
+        OSError: if it cannot be opened.
+
+    Example:
+        >>> import numpy as np, os, tempfile
+        >>> from lamina.io.torch_write import save_torch
+        >>> path = os.path.join(tempfile.mkdtemp(), "model.pt")
+        >>> save_torch({"model": {"0.weight": np.ones((2, 3), np.float32)}, "epoch": 3}, path)
+        >>> with open_torch_zip(path) as file:
+        ...     print(list(file), file.tree["epoch"])
+        ['model.0.weight'] 3
+    """
+    source = FileBytes(path)
+    try:
+        return _ZipReader(source, verify).open()
+    except BaseException:
+        source.close()
+        raise
+
+
+class _ZipReader:
+    def __init__(self, source: FileBytes, verify: bool) -> None:
+        self.source = source
+        self.where = source.path
+        self.data = memoryview(source.buffer())
+        self.records = read_directory(self.data, self.where)
+        self.verify = verify
+        self.table = StorageTable(self.where, self._place)
+
+    def open(self) -> TensorFile:
+        self.root = self._root()
+        self.big_endian = self._big_endian()
+        record = self.records[self.root + _PICKLE]
+        if record.size > MAX_PICKLE_BYTES:
+            raise FileError(f"{self.where}: data.pkl has {record.size} bytes, far too many")
+        if self.verify:
+            for each in self.records.values():
+                check_crc(self.data, each, self.where)
+        else:
+            check_crc(self.data, record, self.where)
+        content = record_bytes(self.data, record, self.where)
+        what = f"{self.where}: data.pkl"
+        value, end = load_pickle(content, what, call_global, self.table.persistent)
+        if end != record.size:
+            raise FileError(f"{what}: more data follows the pickle")
+        named = NamedTensors(value, self.source, record.size)
+        sources = [self.source, *(s.source for s in self.table.storages.values())]
+        return TensorFile(
+            self.where,
+            "torch-zip",
+            named.tensors,
+            ties=named.ties,
+            tree=named.tree,
+            sources=[s for s in dict.fromkeys(sources) if s is not None],
+            checksums=named.checksums,
+        )
+
+    def _root(self) -> str:
+        """The one directory that holds a pickle."""
+        found = [name for name in self.records if name.endswith(_PICKLE) and name.count("/") == 1]
+        if not found:
+            if any("archive_format" in name or name.endswith("model.json") for name in self.records):
+                raise FileError(
+                    f"{self.where}: this is a program saved by torch.export or by PyTorch 1.0, "
+                    f"which is not read; save its state_dict() with torch.save"
+                )
+            raise FileError(f"{self.where}: this zip file has no data.pkl; PyTorch did not write it")
+        if len(found) > 1:
+            raise FileError(f"{self.where}: two records claim to be the object: {found[:2]}")
+        return found[0][: -len(_PICKLE)]
+
+    def _big_endian(self) -> bool:
+        record = self.records.get(f"{self.root}/byteorder")
+        if record is None:
+            return False
+        order = bytes(self.data[record.offset : record.offset + min(record.packed, 16)])
+        if order not in (b"little", b"big"):
+            raise FileError(f"{self.where}: the byte order is recorded as {order!r}")
+        return order == b"big"
+
+    def _place(self, storage: Storage) -> None:
+        key = storage.key
+        storage.big_endian = self.big_endian
+        record = self.records.get(f"{self.root}/data/{key}")
+        if record is None:
+            raise FileError(
+                f"{self.where}: the record data/{printable(key)} of a storage is missing"
+            )
+        if record.size != storage.nbytes:
+            raise FileError(
+                f"{self.where}: the record {printable(record.name)!r} has {record.size} bytes, "
+                f"its storage should have {storage.nbytes}"
+            )
+        storage.crc = record.crc
+        if record.method == DEFLATED:
+            storage.place(LazyBytes(self.where, record.size, lambda: self._inflate(record)), 0)
+        else:
+            storage.place(self.source, record.offset)
+
+    def _inflate(self, record: Record) -> memoryview:
+        inflated: np.ndarray = record_bytes(memoryview(self.source.buffer()), record, self.where)
+        return memoryview(inflated)

@@ -1,0 +1,83 @@
+"""What recipes are made of: an initialiser is data, called as ``recipe(key, shape, dtype)``.
+
+A recipe is a frozen dataclass and a pytree. Its numbers (a standard deviation, a bound) are leaves,
+so that one compiled program serves all of their values; what decides the program (a mode, a number
+of groups) is metadata. Inside ``__call__`` the numbers may therefore be tracers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..._core.errors import ShapeError, format_shape
+
+Key: TypeAlias = jax.Array
+Shape: TypeAlias = tuple[int, ...]
+Number: TypeAlias = float | jax.Array
+
+
+class Checked:
+    """What every recipe here has besides ``__call__``: a check that needs no value and no key."""
+
+    def check(self, shape: Sequence[int | None]) -> None:
+        """Raise :class:`ShapeError` if no array of this shape can be drawn; ``None`` is unknown."""
+
+
+def static(**options: Any) -> Any:
+    """Declare a field that is metadata: part of the program and not a number in it."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+def is_number(value: Any) -> bool:
+    """Tell numbers from tracers and from the placeholders that pytree operations put in."""
+    return isinstance(value, (int, float, np.number))
+
+
+def drawing_dtype(dtype: Any) -> Any:
+    """Return float32 for narrower floats: a draw has the same bits whenever it is narrowed."""
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        return jnp.dtype(jnp.float32)
+    return dtype
+
+
+def draw_uniform(key: Key, shape: Shape, dtype: Any, low: Number, high: Number) -> jax.Array:
+    """Draw from U(low, high)."""
+    wide = drawing_dtype(dtype)
+    low, high = jnp.asarray(low, wide), jnp.asarray(high, wide)
+    return jax.random.uniform(key, shape, wide, low, high).astype(dtype)
+
+
+def draw_normal(key: Key, shape: Shape, dtype: Any, mean: Number, std: Number) -> jax.Array:
+    """Draw from a normal distribution."""
+    wide = drawing_dtype(dtype)
+    draw = jax.random.normal(key, shape, wide)
+    return (draw * jnp.asarray(std, wide) + jnp.asarray(mean, wide)).astype(dtype)
+
+
+def check_std(name: str, std: Any) -> None:
+    """Raise ValueError for a negative standard deviation."""
+    if is_number(std) and std < 0:
+        raise ValueError(f"{name}: expected std >= 0, got {std}.")
+
+
+def check_fans(recipe: Any, shape: Sequence[int | None]) -> None:
+    """Raise ShapeError for a shape that has no fan in and fan out."""
+    if len(shape) < 2:
+        raise ShapeError(
+            f"{type(recipe).__name__}: fan in and fan out can not be computed for shape "
+            f"{format_shape(shape)}, expected two or more dimensions. For a bias use "
+            f"nn.init.Zeros() or nn.init.FanInUniform(fan_in)."
+        )
+
+
+def check_matrix(name: str, shape: Sequence[int | None]) -> None:
+    """Raise ShapeError for anything but two dimensions."""
+    if len(shape) != 2:
+        raise ShapeError(f"{name}: expected two dimensions, got shape {format_shape(shape)}.")
