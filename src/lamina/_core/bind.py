@@ -13,6 +13,7 @@ restore   put the former values back
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,8 @@ class Frame:
         self.saved: dict[Box, tuple[Any, int]] = {}
         self.written: dict[Box, None] = {}
         self.captured: dict[Box, None] = {}
+        self.foreign: dict[Box, None] = {}
+        """Captured boxes that were read inside a JAX transform nested in the frame."""
         self.modules: dict[Module, None] = {}
         self.born: list[Box] = []
         self.stale = False
@@ -155,6 +158,8 @@ def note_read(box: Box) -> None:
     if box._level < state.capture_level:
         frame = state.frames[state.capture_level - 1]
         frame.captured[box] = None
+        if get_opaque_trace_state(convention="lamina") != state.frames[-1].trace:
+            frame.foreign[box] = None
         frame._own(box)
 
 
@@ -247,12 +252,16 @@ def staging() -> bool:
 
 
 def under_foreign_trace() -> bool:
-    """Tell whether a plain JAX transform is recording, with no frame of lamina's around."""
-    return (
-        not STATE.frames
-        and get_opaque_trace_state(convention="lamina") != _CLEAN
-        and staging()
-    )
+    """Tell whether a plain JAX transform is recording, inside or outside of lamina's frames."""
+    frames = STATE.frames
+    around = frames[-1].trace if frames else _CLEAN
+    return get_opaque_trace_state(convention="lamina") != around and staging()
+
+
+def called_by_jax(depth: int) -> bool:
+    """Tell whether the function ``depth`` calls up was called by JAX itself."""
+    caller = sys._getframe(depth + 1).f_globals.get("__name__", "")
+    return caller == "jax" or caller.startswith("jax.")
 
 
 def settled_value(box: Box) -> Any:

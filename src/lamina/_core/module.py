@@ -117,6 +117,8 @@ class Module(StateMixin):
     _contain: ClassVar[Callable[[Any, str], Module | None]]
     """Turns a list, tuple or dict that holds modules or parameters into a module, or returns None.
     Supplied by ``containers.py``, whose classes are modules themselves."""
+    _compiler: ClassVar[Callable[..., Any]]
+    """``lamina.jit``, which stands above the core and supplies itself."""
 
     _parameters: dict[str, Parameter | None]
     _buffers: dict[str, Buffer | None]
@@ -170,8 +172,12 @@ class Module(StateMixin):
         origin = child.pop("_origin", None)
         if origin is None:
             return
-        if fields["_parent"] is None and "_origin" not in fields:
+        own = fields.get("_origin")
+        if fields["_parent"] is None and own is None:
             fields["_origin"] = origin
+        elif own is not None and own[0] == origin[0] and origin[1] < own[1]:
+            fields["_origin"] = origin
+            BIRTHS.give_back(own)
         else:
             BIRTHS.give_back(origin)
 
@@ -360,10 +366,10 @@ class Module(StateMixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = STATE
         fields = self.__dict__
+        if bind.under_foreign_trace():
+            self._check_foreign_call()
         if state.depth == 0:
             if not state.frames:
-                if bind.under_foreign_trace() and walk(self).entries:
-                    raise ForeignTransformError(_FOREIGN_CALL.format(cls=type(self).__name__))
                 compiled = fields.get("_compiled")
                 if compiled is not None:
                     return compiled(*args, **kwargs)
@@ -384,6 +390,13 @@ class Module(StateMixin):
             raise _explained(error, self, args, kwargs) from error.__cause__
         finally:
             state.depth -= 1
+
+    def _check_foreign_call(self) -> None:
+        """Refuse calls whose parameters JAX would keep as constants in a program it runs again."""
+        outermost = STATE.depth == 0 and not STATE.frames
+        if (outermost or bind.called_by_jax(2)) and walk(self).entries:
+            message = _FOREIGN_CALL if outermost else _CALLED_BY_JAX
+            raise ForeignTransformError(message.format(cls=type(self).__name__))
 
     def _infer_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = STATE
@@ -708,6 +721,35 @@ class Module(StateMixin):
         """Move all values to the CPU."""
         return self.to("cpu")
 
+    def to_empty(self, *, device: Any = None, recurse: bool = True) -> Self:
+        """Give every parameter and buffer its value, at ``device`` if one is given.
+
+        PyTorch leaves garbage in the memory; here values come from their recipes.
+        """
+        for box in walk(self).names if recurse else [box for _, box in self._own_boxes()]:
+            if box._is_free:
+                continue
+            if device is not None:
+                box.sharding = as_sharding(device)
+            box._read()
+        return self
+
+    def compile(self, **options: Any) -> None:
+        """Compile every call of this module from now on, as ``lamina.jit(module)`` would.
+
+        Args:
+            **options: as for :func:`lamina.jit`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from lamina import nn
+            >>> net = nn.LazyLinear(2)
+            >>> net.compile()
+            >>> net(jnp.ones((4, 3))).shape
+            (4, 2)
+        """
+        self.__dict__["_compiled"] = self._compiler(self, **options)
+
     def _apply(self, fn: Callable[[jax.Array], Any], recurse: bool = True) -> Self:
         """Replace every value by ``fn(value)``; used by third-party code."""
         for box in walk(self).names if recurse else [box for _, box in self._own_boxes()]:
@@ -861,3 +903,9 @@ jax.lax.scan, jax.eval_shape, jax.checkpoint ...): its parameters would be froze
     wrong:  jax.jit(net)(x)
     right:  lamina.jit(net)(x)           (also lamina.scan, lamina.remat, lamina.infer)
     or:     jax.jit(lambda params, x: lamina.functional_call(net, params, x))"""
+
+_CALLED_BY_JAX = """{cls} was itself given to a JAX transform as the function to record. JAX keeps the \
+program it records by the identity of the function, so later calls would use old parameters.
+    wrong:  jax.lax.scan(self.cell, h, xs)              jax.checkpoint(self.block)(x)
+    right:  jax.lax.scan(lambda h, x: self.cell(h, x), h, xs)
+    or:     lamina.scan(self.cell, h, xs)               lamina.remat(self.block)(x)"""

@@ -18,7 +18,13 @@ import numpy as np
 
 from . import bind
 from .bind import STATE, VERSION
-from .errors import DeferredError, ShapeError, TypeMismatchError, format_shape
+from .errors import (
+    DeferredError,
+    ForeignTransformError,
+    ShapeError,
+    TypeMismatchError,
+    format_shape,
+)
 from .walk import describe
 
 __all__ = ["Box", "Buffer", "Parameter", "Recipe", "array"]
@@ -218,6 +224,8 @@ class Box:
         if STATE.frames:
             bind.note_read(self)
             return value
+        if STATE.depth == 0 and bind.under_foreign_trace():
+            raise ForeignTransformError(_FOREIGN_READ.format(box=self._describe()))
         if self._exposed is not value:
             self._exposed = value
             VERSION.exposed += 1
@@ -741,3 +749,9 @@ _UNSHAPED = """{box} has no value yet, and some of its sizes are unknown.
     mend:  pass data through the model once:  net(x)
     or:    lamina.infer(net, jax.ShapeDtypeStruct((batch, features), jnp.float32))
     or:    state the sizes when building the layer"""
+
+_FOREIGN_READ = """{box} was read under a plain JAX transform that records a program (jax.jit, \
+jax.lax.scan, jax.checkpoint ...): its present value would be frozen into it as a constant.
+    wrong:  jax.jit(lambda x: x @ net.weight)(x)
+    right:  lamina.jit(lambda x: x @ net.weight)(x)
+    or:     weight = net.weight.data   outside, and pass it as an argument"""

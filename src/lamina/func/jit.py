@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ import numpy as np
 
 from .._core import bind
 from .._core.bind import LOCK, STATE, VERSION, Frame, Retry
-from .._core.errors import LaminaError
+from .._core.errors import ForeignTransformError, LaminaError
+from .._core.module import Module
 from .._core.parameter import Box, Parameter
-from .._core.walk import identify, static_value
+from .._core.walk import describe, identify, static_value
 
 __all__ = ["Jitted", "jit"]
 
@@ -117,7 +118,7 @@ class Jitted:
         place = tuple(key)
         binding = self._bindings.get(place)
         if binding is not None and binding.version == VERSION.static and not STATE.frames:
-            if not binding.mutable or binding.is_unchanged():
+            if binding.is_unchanged():
                 return binding.run(arrays)
         return self._call(place, leaves, treedef, lambda found: found.call(arrays))
 
@@ -156,12 +157,12 @@ class Jitted:
     def _bind(self, place: Any, leaves: list[Any], treedef: Any, learnt: _Learnt) -> _Binding:
         owners, statics = [], []
         for leaf in leaves:
-            kind = _KINDS[type(leaf)]
+            kind = _classify(leaf)
             if kind == _OWNER:
                 owners.append(leaf)
             elif kind == _STATIC:
                 statics.append(_static_key(leaf))
-        shape = tuple(_KINDS[type(leaf)] for leaf in leaves)
+        shape = tuple(map(_classify, leaves))
         binding = _Binding(leaves, treedef, shape, owners)
         key = (treedef, shape, tuple(statics), binding.fingerprint)
         programs = self._programs.setdefault(key, [])
@@ -190,12 +191,19 @@ class Jitted:
         return f"<lamina.jit of {self._name()}>"
 
 
-class _Learnt:
-    """What a trace found out: boxes it wrote, and boxes it read that were not bound."""
+Module._compiler = staticmethod(jit)
 
-    def __init__(self, written: Iterable[Box] = (), read: Iterable[Box] = ()) -> None:
+
+class _Learnt:
+    """What a trace found out: boxes it wrote, boxes it read that were not bound, and which of
+    these it read inside a JAX transform nested in it."""
+
+    def __init__(
+        self, written: Iterable[Box] = (), read: Iterable[Box] = (), foreign: Iterable[Box] = ()
+    ) -> None:
         self.written = list(written)
         self.read = list(read)
+        self.foreign = list(foreign)
 
 
 class _Program:
@@ -211,6 +219,9 @@ class _Program:
         self.donated: list[Any] = []
         self.kept: list[Any] = []
         self.closures: dict[Any, Any] = {}
+        self.guards: list[tuple[Any, Any]] = []
+        self.unsure: list[Box] = []
+        """Boxes read inside a nested JAX transform, which must be read there again when bound."""
         self.has_static = False
         self.current: _Binding | None = None
         traced = functools.partial(self._trace)
@@ -221,11 +232,16 @@ class _Program:
 
     def is_current(self) -> bool:
         """Whether the closures are as they were when the program was traced."""
-        return all(
+        return self.names_stand() and all(
             module._state_fingerprint()[0] == before for module, before in self.closures.items()
         )
 
+    def names_stand(self) -> bool:
+        """Whether the outer names that meant modules mean the same ones still."""
+        return all(look_up() is before for look_up, before in self.guards)
+
     def learn(self, binding: _Binding, learnt: _Learnt) -> None:
+        self.unsure += [box for box in learnt.foreign if box not in set(self.unsure)]
         known = {_ref_key(ref) for ref in self.donated}
         for box in learnt.written:
             ref = binding.refs.get(box, box)
@@ -246,6 +262,8 @@ class _Program:
         with Frame(f"lamina.jit of {self.name}", captures=True, compiled=True) as frame:
             frame.bind(binding.donated, donated)
             frame.bind(binding.kept, kept)
+            for box in self.unsure:
+                frame.bind([box], [box._value], watch=True)
             args, kwargs = binding.arguments(arrays)
             result = self.fn(*args, **kwargs)
             known = set(binding.donated)
@@ -253,13 +271,22 @@ class _Program:
             known.update(binding.kept)
             read = [box for box in frame.captured if box not in known]
             if written or read or frame.stale:
-                binding.learnt = _Learnt(written, read)
+                binding.learnt = _Learnt(written, read, frame.foreign)
                 raise Retry
+            for box in self.unsure:
+                if box not in frame.captured:
+                    raise ForeignTransformError(_KEPT_BY_JAX.format(box=describe(box)))
+            self.unsure = []
             self._note_closures(binding, frame)
             result = jax.tree.map(self._seal, result)
             return [box._value for box in binding.donated], result
 
     def _note_closures(self, binding: _Binding, frame: Frame) -> None:
+        self.guards = [
+            (look_up, value)
+            for look_up in _outer_names(self.fn)
+            if hasattr(value := look_up(), "_state_boxes")
+        ]
         modules = dict(frame.modules)
         for box in (*binding.donated, *binding.kept):
             if box not in binding.refs and (root := identify(box)[0]) is not None:
@@ -330,7 +357,9 @@ class _Binding:
         return [owner for ref in self.owner_refs if (owner := ref()) is not None]
 
     def is_unchanged(self) -> bool:
-        return all(static_value(container) == mark for container, mark in self.mutable)
+        return self.program.names_stand() and all(
+            static_value(container) == mark for container, mark in self.mutable
+        )
 
     def arguments(self, arrays: list[Any]) -> tuple[Any, Any]:
         values, owners = iter(arrays), iter(self.owner_refs)
@@ -415,6 +444,29 @@ def _parts(owner: Any) -> list[Any]:
     return [module for _, module in net._walk_modules()]
 
 
+def _outer_names(fn: Any) -> Iterator[Callable[[], Any]]:
+    """Yield a look-up for each closure cell and each global name that a function may use."""
+    code, names = getattr(fn, "__code__", None), getattr(fn, "__globals__", {})
+    if code is None:
+        return
+    for cell in fn.__closure__ or ():
+        yield functools.partial(_cell_contents, cell)
+    seen, codes = set(), [code]
+    while codes:
+        code = codes.pop()
+        seen.update(code.co_names)
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    for name in seen & names.keys():
+        yield functools.partial(names.get, name)
+
+
+def _cell_contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # deleted in the meantime
+        return None
+
+
 def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
@@ -465,3 +517,10 @@ def _is_static(leaf: Any) -> bool:
 
 def _open(leaf: Any) -> Any:
     return leaf.value if type(leaf) is _Static else leaf
+
+
+_KEPT_BY_JAX = """{box} is read by a function that JAX has kept from an earlier trace (a jax.jit, \
+jax.checkpoint or jax.lax loop over a function that lives on), with an old value in it.
+    wrong:  inner = jax.jit(lambda x: net(x))           called inside lamina.jit
+    right:  inner = lamina.jit(lambda x: net(x))
+    or:     make the function where it is used:  jax.lax.scan(lambda h, x: net(h), ...)"""

@@ -102,14 +102,14 @@ def write_at(fd: int, offset: int, buffers: Sequence[np.ndarray]) -> None:
             total += buffer.nbytes
         written = os.pwritev(fd, batch, offset)
         offset += written
-        if written < total:
-            for buffer in reversed(batch):
-                total -= buffer.nbytes
-                if written <= total:
-                    queue.append(buffer)
-                else:
-                    queue.append(buffer[written - total :])
-                    break
+        if not written and total:
+            raise OSError(errno.EIO, "the file system accepts no more data")
+        for buffer in reversed(batch):
+            # Put back what was not written, last buffer first.
+            total -= buffer.nbytes
+            if written >= total + buffer.nbytes:
+                break
+            queue.append(buffer[max(written - total, 0) :])
 
 
 def sync_directory(directory: str) -> None:

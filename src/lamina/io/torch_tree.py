@@ -49,8 +49,8 @@ class NamedTensors:
         checksums: ``{name: crc32}`` of tensors that are a whole storage with a checksum.
 
     Raises:
-        FileError: if a tensor does not fit its storage, two tensors have one name, or the object
-            contains itself or is too deep or too large.
+        FileError: if a tensor does not fit its storage, or the object contains itself or is too
+            deep or too large.
     """
 
     def __init__(self, value: Any, source: FileBytes, pickle_bytes: int) -> None:
@@ -60,6 +60,7 @@ class NamedTensors:
         self.ties: dict[str, str] = {}
         self.checksums: dict[str, int] = {}
         self._first: dict[Any, str] = {}
+        self._counts: dict[str, int] = {}
         self._found = 0
         self._nodes = FREE_NODES + NODES_PER_BYTE * pickle_bytes
         self._names = MAX_NAMES
@@ -174,12 +175,15 @@ class NamedTensors:
         self._leave(value)
 
     def _name(self, path: Path) -> str:
-        name = _join(path)
+        name = _join(path) if path else "array"
         self._names -= len(name)
         if len(name) > MAX_NAME or self._names < 0:
             raise self._error(f"has a tensor with too long a name: {printable(name)!r}")
-        if name in self.tensors:
-            raise self._error(f"has two tensors that are named {printable(name)!r}")
+        stem = name
+        while name in self.tensors:
+            # {"a.b": x, "a": {"b": y}} gives one name twice; no tensor may hide another.
+            self._counts[stem] = self._counts.get(stem, 1) + 1
+            name = f"{stem}~{self._counts[stem]}"
         return name
 
     def _tensor(self, record: TensorRecord, path: Path, depth: int) -> TensorHandle:

@@ -310,9 +310,9 @@ def _view(handle: TensorHandle, dtype: Any, prng: Any) -> TensorHandle:
     real = handle.dtype if dtype is None else _VIEWS.get(str(dtype))
     shape = handle.shape
     if real is not None and real.itemsize != handle.dtype.itemsize:
-        fits = shape and shape[-1] * handle.dtype.itemsize == real.itemsize
+        fits = shape and shape[-1] * handle.dtype.itemsize == real.itemsize and handle.contiguous
         real, shape = (real, shape[:-1]) if fits else (None, shape)
-    if real is None or not isinstance(prng, str):
+    if real is None or handle.stored is not None or not isinstance(prng, str):
         raise FileError(
             f"{handle.file}: tensor {handle.name!r} of dtype {handle.dtype} and shape "
             f"{handle.shape} cannot be read as {str(dtype)[:40]!r}"
@@ -323,6 +323,7 @@ def _view(handle: TensorHandle, dtype: Any, prng: Any) -> TensorHandle:
         real,
         handle.source,
         handle.offset,
+        strides=handle.strides if shape == handle.shape else None,
         kind=handle.kind if dtype is None else str(dtype),
         refused=handle.refused,
         prng=prng,

@@ -3,7 +3,7 @@
 from .._core.containers import ModuleDict, ModuleList, ParameterDict, ParameterList, Sequential
 from .._core.module import Module
 from .._core.parameter import Buffer, Parameter
-from . import functional, init
+from . import functional, init, utils
 from .activation import GELU, ReLU, Sigmoid, Softmax, Tanh
 from .conv import Conv2d, LazyConv2d
 from .dropout import Dropout
@@ -51,4 +51,5 @@ __all__ = [
     "UninitializedParameter",
     "functional",
     "init",
+    "utils",
 ]

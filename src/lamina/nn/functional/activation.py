@@ -23,7 +23,8 @@ def relu(input: Tensor, inplace: bool = False) -> jax.Array:
         An array of the input's shape and dtype.
 
     Example:
-        >>> relu([-1.0, 0.0, 2.0]).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.relu([-1.0, 0.0, 2.0]).tolist()
         [0.0, 0.0, 2.0]
     """
     return jax.nn.relu(array(input))
@@ -39,7 +40,8 @@ def sigmoid(input: Tensor) -> jax.Array:
         An array of the input's shape, values in [0, 1].
 
     Example:
-        >>> float(sigmoid(0.0))
+        >>> from lamina.nn import functional as F
+        >>> float(F.sigmoid(0.0))
         0.5
     """
     return jax.nn.sigmoid(float_array(input))
@@ -55,7 +57,8 @@ def tanh(input: Tensor) -> jax.Array:
         An array of the input's shape, values in [-1, 1].
 
     Example:
-        >>> float(tanh(0.0))
+        >>> from lamina.nn import functional as F
+        >>> float(F.tanh(0.0))
         0.0
     """
     return jnp.tanh(float_array(input))
@@ -76,7 +79,8 @@ def gelu(input: Tensor, approximate: str = "none") -> jax.Array:
         ValueError: if ``approximate`` is neither of the two.
 
     Example:
-        >>> f"{gelu(1.0):.4f}"
+        >>> from lamina.nn import functional as F
+        >>> f"{F.gelu(1.0):.4f}"
         '0.8413'
 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", https://arxiv.org/abs/1606.08415
@@ -105,7 +109,8 @@ def softmax(
         IndexError: if the input has no dimension ``dim``.
 
     Example:
-        >>> softmax([0.0, 0.0], dim=0).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.softmax([0.0, 0.0], dim=0).tolist()
         [0.5, 0.5]
     """
     x = _cast(input, dtype)
@@ -133,7 +138,8 @@ def log_softmax(
         IndexError: if the input has no dimension ``dim``.
 
     Example:
-        >>> log_softmax([1000.0, 0.0], dim=0).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.log_softmax([1000.0, 0.0], dim=0).tolist()
         [0.0, -1000.0]
     """
     x = _cast(input, dtype)

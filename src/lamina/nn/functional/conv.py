@@ -43,7 +43,8 @@ def conv2d(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> conv2d(jnp.ones((1, 3, 8, 8)), jnp.ones((6, 3, 3, 3)), padding=1).shape
+        >>> from lamina.nn import functional as F
+        >>> F.conv2d(jnp.ones((1, 3, 8, 8)), jnp.ones((6, 3, 3, 3)), padding=1).shape
         (1, 6, 8, 8)
 
     Source: Dumoulin and Visin, "A guide to convolution arithmetic for deep learning",

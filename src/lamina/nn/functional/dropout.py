@@ -29,9 +29,10 @@ def dropout(
         ValueError: if ``p`` is not in [0, 1].
 
     Example:
-        >>> dropout([1.0, 2.0], training=False).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.dropout([1.0, 2.0], training=False).tolist()
         [1.0, 2.0]
-        >>> dropout([1.0, 2.0], p=1.0).tolist()
+        >>> F.dropout([1.0, 2.0], p=1.0).tolist()
         [0.0, 0.0]
 
     Source: Srivastava et al., "Dropout", https://jmlr.org/papers/v15/srivastava14a.html

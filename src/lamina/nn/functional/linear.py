@@ -27,7 +27,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> jax.Arr
         ShapeError: if the last dimension of the input is not ``in_features``.
 
     Example:
-        >>> linear([[1.0, 2.0]], [[1.0, 1.0], [0.0, 2.0]], [0.5, 0.0]).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.linear([[1.0, 2.0]], [[1.0, 1.0], [0.0, 2.0]], [0.5, 0.0]).tolist()
         [[3.5, 4.0]]
     """
     x, w = same_dtype(input, weight)
@@ -89,7 +90,8 @@ def embedding(
             list with one outside it.
 
     Example:
-        >>> embedding([1, 0], [[1.0, 2.0], [3.0, 4.0]]).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.embedding([1, 0], [[1.0, 2.0], [3.0, 4.0]]).tolist()
         [[3.0, 4.0], [1.0, 2.0]]
     """
     table, index = array(weight), array(input)
@@ -144,7 +146,8 @@ def one_hot(tensor: Tensor, num_classes: int = -1) -> jax.Array:
         DataDependentError: if ``num_classes`` is left out in a compiled function.
 
     Example:
-        >>> one_hot([0, 2], num_classes=3).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.one_hot([0, 2], num_classes=3).tolist()
         [[1, 0, 0], [0, 0, 1]]
     """
     index = array(tensor)
@@ -183,7 +186,8 @@ def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> flatten(jnp.zeros((2, 3, 4)), start_dim=1).shape
+        >>> from lamina.nn import functional as F
+        >>> F.flatten(jnp.zeros((2, 3, 4)), start_dim=1).shape
         (2, 12)
     """
     x = array(input)

@@ -39,7 +39,8 @@ def mse_loss(
         ValueError: if ``reduction`` is none of the three.
 
     Example:
-        >>> float(mse_loss([1.0, 2.0], [1.0, 4.0]))
+        >>> from lamina.nn import functional as F
+        >>> float(F.mse_loss([1.0, 2.0], [1.0, 4.0]))
         2.0
     """
     reduction = resolve_reduction(size_average, reduce, reduction)
@@ -111,9 +112,10 @@ def cross_entropy(
         ValueError: if ``reduction`` or ``label_smoothing`` are out of range.
 
     Example:
-        >>> f"{cross_entropy([[0.0, 0.0], [0.0, 0.0]], [0, 1]):.4f}"
+        >>> from lamina.nn import functional as F
+        >>> f"{F.cross_entropy([[0.0, 0.0], [0.0, 0.0]], [0, 1]):.4f}"
         '0.6931'
-        >>> f"{cross_entropy([[0.0, 9.0]], [[0.5, 0.5]]):.4f}"
+        >>> f"{F.cross_entropy([[0.0, 9.0]], [[0.5, 0.5]]):.4f}"
         '4.5001'
 
     Source: label smoothing is equation (7) and after of Szegedy et al., "Rethinking the Inception
@@ -180,7 +182,8 @@ def nll_loss(
         ValueError: if ``reduction`` is none of the three.
 
     Example:
-        >>> float(nll_loss([[-1.0, -2.0], [-3.0, -4.0]], [0, 1]))
+        >>> from lamina.nn import functional as F
+        >>> float(F.nll_loss([[-1.0, -2.0], [-3.0, -4.0]], [0, 1]))
         2.5
     """
     reduction = resolve_reduction(size_average, reduce, reduction)

@@ -51,7 +51,8 @@ def batch_norm(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> batch_norm(jnp.array([[1.0], [3.0]]), None, None, training=True, eps=0.0).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.batch_norm(jnp.array([[1.0], [3.0]]), None, None, training=True, eps=0.0).tolist()
         [[-1.0], [1.0]]
 
     Source: Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167
@@ -120,7 +121,8 @@ def layer_norm(
             another shape.
 
     Example:
-        >>> layer_norm([[1.0, 3.0]], (2,), eps=0.0).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.layer_norm([[1.0, 3.0]], (2,), eps=0.0).tolist()
         [[-1.0, 1.0]]
 
     Source: Ba, Kiros and Hinton, "Layer Normalization", https://arxiv.org/abs/1607.06450

@@ -47,9 +47,10 @@ def max_pool2d(
         ShapeError: if the rank doesn't fit, the padding is too wide or no window fits.
 
     Example:
-        >>> max_pool2d([[[1.0, 2.0], [3.0, 0.0]]], 2).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.max_pool2d([[[1.0, 2.0], [3.0, 0.0]]], 2).tolist()
         [[[3.0]]]
-        >>> max_pool2d([[[1.0, 2.0], [3.0, 0.0]]], 2, return_indices=True)[1].tolist()
+        >>> F.max_pool2d([[[1.0, 2.0], [3.0, 0.0]]], 2, return_indices=True)[1].tolist()
         [[[2]]]
     """
     x = array(input)
@@ -106,7 +107,8 @@ def avg_pool2d(
         ValueError: if ``divisor_override`` is 0.
 
     Example:
-        >>> avg_pool2d([[[1.0, 2.0], [3.0, 6.0]]], 2).tolist()
+        >>> from lamina.nn import functional as F
+        >>> F.avg_pool2d([[[1.0, 2.0], [3.0, 6.0]]], 2).tolist()
         [[[3.0]]]
     """
     if divisor_override == 0:
@@ -223,6 +225,6 @@ def _max_along(
         if jnp.issubdtype(x.dtype, jnp.inexact):
             better |= jnp.isnan(candidate)
         best = jnp.where(better, candidate, best)
-        if index is not None:
+        if index is not None and where is not None:
             where = jnp.where(better, element(index, i), where)
     return best, where

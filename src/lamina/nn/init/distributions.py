@@ -40,7 +40,8 @@ class Uniform(Checked):
 
     Example:
         >>> import jax
-        >>> draw = Uniform(-0.1, 0.1)(jax.random.key(0), (100,), "float32")
+        >>> from lamina import nn
+        >>> draw = nn.init.Uniform(-0.1, 0.1)(jax.random.key(0), (100,), "float32")
         >>> bool((abs(draw) <= 0.1).all())
         True
     """
@@ -70,9 +71,10 @@ class Normal(Checked):
 
     Example:
         >>> import jax
-        >>> Normal(std=0.01)
+        >>> from lamina import nn
+        >>> nn.init.Normal(std=0.01)
         Normal(mean=0.0, std=0.01)
-        >>> Normal(std=0.01)(jax.random.key(0), (2, 3), "float32").shape
+        >>> nn.init.Normal(std=0.01)(jax.random.key(0), (2, 3), "float32").shape
         (2, 3)
     """
 
@@ -104,7 +106,9 @@ class TruncatedNormal(Checked):
 
     Example:
         >>> import jax
-        >>> draw = TruncatedNormal(std=0.02, a=-0.04, b=0.04)(jax.random.key(0), (100,), "float32")
+        >>> from lamina import nn
+        >>> law = nn.init.TruncatedNormal(std=0.02, a=-0.04, b=0.04)
+        >>> draw = law(jax.random.key(0), (100,), "float32")
         >>> bool((abs(draw) <= 0.04).all())
         True
     """
@@ -151,7 +155,8 @@ class Orthogonal(Checked):
 
     Example:
         >>> import jax
-        >>> q = Orthogonal()(jax.random.key(0), (3, 3), "float32")
+        >>> from lamina import nn
+        >>> q = nn.init.Orthogonal()(jax.random.key(0), (3, 3), "float32")
         >>> bool(abs(q @ q.T - jax.numpy.eye(3)).max() < 1e-5)
         True
 
@@ -197,7 +202,8 @@ class Sparse(Checked):
 
     Example:
         >>> import jax
-        >>> draw = Sparse(0.5)(jax.random.key(0), (4, 3), "float32")
+        >>> from lamina import nn
+        >>> draw = nn.init.Sparse(0.5)(jax.random.key(0), (4, 3), "float32")
         >>> (draw == 0).sum(0).tolist()
         [2, 2, 2]
 
@@ -254,7 +260,9 @@ class Mixture(Checked):
 
     Example:
         >>> import jax
-        >>> law = Mixture([(1 / 4, Uniform(5, 10)), (1 / 2, Zeros()), (1 / 4, Uniform(-10, -5))])
+        >>> from lamina import nn
+        >>> high, low = nn.init.Uniform(5, 10), nn.init.Uniform(-10, -5)
+        >>> law = nn.init.Mixture([(1 / 4, high), (1 / 2, nn.init.Zeros()), (1 / 4, low)])
         >>> draw = law(jax.random.key(0), (100,), "float32")
         >>> bool(((draw == 0) | ((abs(draw) >= 5) & (abs(draw) <= 10))).all())
         True
@@ -305,5 +313,7 @@ class Mixture(Checked):
 
 
 def _as_pytree(recipe: Any) -> Any:
-    is_function = callable(recipe) and jax.tree.structure(recipe) == jax.tree.structure(0)
-    return _Function(recipe) if is_function else recipe
+    if not callable(recipe) or jax.tree.structure(recipe) != jax.tree.structure(0):
+        return recipe
+    function: Any = recipe
+    return _Function(function)

@@ -22,7 +22,8 @@ class Zeros(Checked):
 
     Example:
         >>> import jax
-        >>> Zeros()(jax.random.key(0), (2,), "float32").tolist()
+        >>> from lamina import nn
+        >>> nn.init.Zeros()(jax.random.key(0), (2,), "float32").tolist()
         [0.0, 0.0]
     """
 
@@ -37,7 +38,8 @@ class Ones(Checked):
 
     Example:
         >>> import jax
-        >>> Ones()(jax.random.key(0), (2,), "float32").tolist()
+        >>> from lamina import nn
+        >>> nn.init.Ones()(jax.random.key(0), (2,), "float32").tolist()
         [1.0, 1.0]
     """
 
@@ -55,7 +57,8 @@ class Constant(Checked):
 
     Example:
         >>> import jax
-        >>> Constant(0.5)(jax.random.key(0), (2,), "float32").tolist()
+        >>> from lamina import nn
+        >>> nn.init.Constant(0.5)(jax.random.key(0), (2,), "float32").tolist()
         [0.5, 0.5]
     """
 
@@ -78,7 +81,8 @@ class Value(Checked):
 
     Example:
         >>> import jax, numpy as np
-        >>> Value(np.arange(3.0))(jax.random.key(0), (3,), "float32").tolist()
+        >>> from lamina import nn
+        >>> nn.init.Value(np.arange(3.0))(jax.random.key(0), (3,), "float32").tolist()
         [0.0, 1.0, 2.0]
     """
 
@@ -118,7 +122,8 @@ class Eye(Checked):
 
     Example:
         >>> import jax
-        >>> Eye()(jax.random.key(0), (2, 3), "float32").tolist()
+        >>> from lamina import nn
+        >>> nn.init.Eye()(jax.random.key(0), (2, 3), "float32").tolist()
         [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
     """
 
@@ -145,7 +150,8 @@ class Dirac(Checked):
 
     Example:
         >>> import jax
-        >>> Dirac()(jax.random.key(0), (2, 2, 3), "float32")[0].tolist()
+        >>> from lamina import nn
+        >>> nn.init.Dirac()(jax.random.key(0), (2, 2, 3), "float32")[0].tolist()
         [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
     """
 

@@ -38,7 +38,8 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
         ValueError: for an unknown nonlinearity, or a slope that is no number.
 
     Example:
-        >>> calculate_gain("leaky_relu", 0.0) == calculate_gain("relu")
+        >>> from lamina import nn
+        >>> nn.init.calculate_gain("leaky_relu", 0.0) == nn.init.calculate_gain("relu")
         True
 
     Source: He et al., "Delving deep into rectifiers", https://arxiv.org/abs/1502.01852

@@ -39,7 +39,8 @@ class XavierUniform(Checked):
 
     Example:
         >>> import jax
-        >>> draw = XavierUniform()(jax.random.key(0), (2, 4), "float32")
+        >>> from lamina import nn
+        >>> draw = nn.init.XavierUniform()(jax.random.key(0), (2, 4), "float32")
         >>> bool((abs(draw) <= 1).all())
         True
 
@@ -72,7 +73,8 @@ class XavierNormal(Checked):
 
     Example:
         >>> import jax
-        >>> XavierNormal(gain=2.0)(jax.random.key(0), (2, 4), "float32").shape
+        >>> from lamina import nn
+        >>> nn.init.XavierNormal(gain=2.0)(jax.random.key(0), (2, 4), "float32").shape
         (2, 4)
 
     Source: Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural
@@ -148,7 +150,8 @@ class KaimingUniform(_Kaiming):
         ShapeError: for fewer than two dimensions.
 
     Example:
-        >>> KaimingUniform(a=5**0.5)
+        >>> from lamina import nn
+        >>> nn.init.KaimingUniform(a=5**0.5)
         KaimingUniform(a=sqrt(5)) ~ U(±1/sqrt(fan_in))
 
     Source: He et al., "Delving deep into rectifiers", https://arxiv.org/abs/1502.01852
@@ -183,7 +186,8 @@ class KaimingNormal(_Kaiming):
         ShapeError: for fewer than two dimensions.
 
     Example:
-        >>> KaimingNormal(nonlinearity="relu")
+        >>> from lamina import nn
+        >>> nn.init.KaimingNormal(nonlinearity="relu")
         KaimingNormal(nonlinearity='relu') ~ N(0, std=sqrt(2)/sqrt(fan_in))
 
     Source: He et al., "Delving deep into rectifiers", https://arxiv.org/abs/1502.01852
@@ -216,7 +220,8 @@ class FanInUniform(Checked):
 
     Example:
         >>> import jax
-        >>> draw = FanInUniform(4)(jax.random.key(0), (100,), "float32")
+        >>> from lamina import nn
+        >>> draw = nn.init.FanInUniform(4)(jax.random.key(0), (100,), "float32")
         >>> bool((abs(draw) <= 0.5).all())
         True
     """
