@@ -4,9 +4,9 @@
     python benchmarks/io.py --quick    # a tenth of it
 
 Every round runs all contestants one after another, in a rotating order, beside the plain read or
-write; the table has the median over the rounds of (contestant / plain) of the same round. "First" is
-the first call in a fresh process, its files in the page cache. Peak memory is what the first call
-adds to the process, relative to the data. Contestants that are not installed are left out.
+write; the table has the median over the rounds of (contestant / plain) of the same round. "First"
+is the first call in a fresh process, its files in the page cache. Peak memory is what the first
+call adds to the process, relative to the data. What is not installed is left out.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def save_jobs(folder: str, tensors: dict[str, np.ndarray]) -> dict[str, Job]:
         "plain write": lambda: plain_write(whole, target, False),
         "plain write, sync": lambda: plain_write(whole, target, True),
         "lamina": lambda: lamina.io.save(arrays, target, sync=False),
-        "lamina, no checksums": lambda: lamina.io.save(
-            arrays, target, sync=False, checksums=False
-        ),
+        "lamina, no checksums": lambda: lamina.io.save(arrays, target, sync=False, checksums=False),
         "lamina, sync": lambda: lamina.io.save(arrays, target),
     }
     if HAVE["safetensors"]:

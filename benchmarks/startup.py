@@ -7,6 +7,7 @@ interpreter's own start is not counted.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ import sys
 from _timing import markdown, quartiles, write_json
 
 BASE, WHOLE = "jax, optax", "jax, optax, lamina"
+ENV = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
 def import_seconds(names: str) -> float:
@@ -23,14 +25,14 @@ def import_seconds(names: str) -> float:
         "import time; start = time.perf_counter(); "
         f"import {names}; print(time.perf_counter() - start)"
     )
-    return float(subprocess.check_output([sys.executable, "-c", code], text=True))
+    return float(subprocess.check_output([sys.executable, "-c", code], text=True, env=ENV))
 
 
 def costliest(count: int) -> list[tuple[str, int, int]]:
     """The modules that lamina loads beyond JAX and optax: name, own and cumulative us."""
     code = f"import {BASE}; import sys; print('ours', file=sys.stderr); import lamina"
     command = [sys.executable, "-X", "importtime", "-c", code]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    report = subprocess.run(command, capture_output=True, text=True, check=True, env=ENV).stderr
     ours = report.partition("\nours\n")[2]
     found = re.findall(r"import time:\s+(\d+) \|\s+(\d+) \|\s+(\S+)", ours)
     rows = [(name, int(own), int(whole)) for own, whole, name in found]

@@ -80,7 +80,7 @@ class Optimizer:
             )
         self.net = net
         self.tx = optax.with_extra_args_support(tx)
-        self._reference = weakref.ref(self)
+        self._reference: Any = weakref.ref(self)
         self._boxes: dict[str, _StateBox] = {}
         self._treedef: Any = None
         self._names: dict[str, Parameter] = {}
@@ -188,7 +188,7 @@ class Optimizer:
         updates, new_state = self.tx.update(
             given, jax.tree.unflatten(self._treedef, state), tree, **extra
         )
-        new = optax.apply_updates(tree, updates)
+        new: Any = optax.apply_updates(tree, updates)
         return [new[name] for name in names], jax.tree.leaves(new_state)
 
     def _check(self, names: Mapping[str, Parameter], grads: Mapping[str, Any]) -> None:

@@ -276,7 +276,7 @@ def test_tied_parameter_takes_the_value_of_its_first_name():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("recipe", [None, nn.init.TruncatedNormal(), nn.init.XavierNormal()])
+@pytest.mark.parametrize("recipe", [None, nn.init.XavierNormal()])
 def test_dtype_before_equals_dtype_after(dtype, recipe):
     def make():
         net = Net()
@@ -295,11 +295,8 @@ def test_dtype_before_equals_dtype_after(dtype, recipe):
 
 
 RECIPES = [
-    nn.init.Normal(std=0.3),
-    nn.init.Uniform(-2.0, 3.0),
     nn.init.TruncatedNormal(std=0.1),
     nn.init.KaimingUniform(),
-    nn.init.Constant(2.5),
     lambda key, shape, dtype: jax.random.gumbel(key, shape, dtype),
 ]
 
@@ -310,8 +307,9 @@ def test_devices_and_mesh(recipe):
     places = [
         jax.devices()[3],
         NamedSharding(Mesh(np.array(jax.devices()), ("a",)), PartitionSpec("a")),
-        NamedSharding(Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b")), PartitionSpec("b", "a")),
-        NamedSharding(Mesh(np.array(jax.devices()), ("a",)), PartitionSpec()),
+        NamedSharding(
+            Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b")), PartitionSpec("b", "a")
+        ),
     ]
 
     def make():

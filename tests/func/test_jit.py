@@ -177,7 +177,10 @@ def test_training_step_equals_eager():
     runs = []
     for run in (step, lamina.jit(step)):
         lamina.manual_seed(0)
-        net = nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
+        # No bias before the normalisation: its gradient is zero but for rounding.
+        net = nn.Sequential(
+            nn.LazyLinear(4, bias=False), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1)
+        )
         opt = lamina.Optimizer(net, optax.adam(1e-2))
         x = jax.random.normal(jax.random.key(0), (6, 3))
         runs.append(([run(net, opt, x, x[:, :1]) for _ in range(4)], net.state_dict()))
@@ -523,6 +526,7 @@ def test_equal_assignment_does_not_compile_again():
 
 STRUCTURE = {
     "replace a module": lambda net: net.__setitem__(1, nn.Tanh()),
+    "replace by an equal module": lambda net: net.__setitem__(0, nn.Linear(3, 3)),
     "append a module": lambda net: net.append(nn.Tanh()),
     "remove a module": lambda net: net.pop(1),
     "replace a parameter": lambda net: setattr(net[0], "weight", nn.Parameter(jnp.ones((3, 3)))),
@@ -549,7 +553,7 @@ def test_structure_change_is_noticed(change, as_argument):
     for _ in range(2):
         (loss, found), (expected_loss, expected) = f(X), grads(net, X)
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-        assert list(found) == list(expected)
+        assert found.keys() == expected.keys()
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
@@ -814,6 +818,23 @@ def test_exception_restores_unshaped_layers():
     assert lamina.jit(net)(X).shape == (2, 2)
 
 
+def test_weak_types_do_not_compile_twice():
+    """Python scalars make weakly typed arrays; a box must not keep that."""
+    net = nn.Module()
+    net.count = nn.Buffer(jnp.asarray(0))
+    net.scale = nn.Parameter(jnp.asarray(1.0))
+
+    def f(net):
+        net.count += 1
+        net.scale *= 2
+
+    traced = Traced(f)
+    traced(net)
+    before = traced.count
+    traced(net)
+    assert traced.count == before
+
+
 def test_exception_after_a_good_call():
     flag = {"fail": False}
 
@@ -949,7 +970,7 @@ def test_data_dependent_control_flow_names_the_layer():
 def test_error_in_forward_names_path_and_shapes():
     net = nn.Sequential(nn.Sequential(nn.Linear(4, 2)))
     for call in (net, lamina.jit(net)):
-        with pytest.raises(Exception, match=r"") as caught:
+        with pytest.raises(Exception, match="in_features|dot_general") as caught:
             call(X)
         text = str(caught.value) + "\n".join(getattr(caught.value, "__notes__", []))
         assert "in module '0.0': Linear(in_features=4, out_features=2, bias=True)" in text
@@ -1240,11 +1261,11 @@ def test_threads_share_a_model():
 
 def test_a_thread_reads_while_another_trains():
     """What a reader gets is a snapshot, valid whatever the training thread does meanwhile."""
-    net = nn.Linear(200, 200)
+    net = nn.Linear(400, 400)
 
     @lamina.jit
     def step(net):
-        for _ in range(6):
+        for _ in range(8):
             net.weight.data = jnp.tanh(net.weight.data @ net.weight.data) + 1
 
     step(net)
@@ -1252,7 +1273,7 @@ def test_a_thread_reads_while_another_trains():
 
     def train():
         try:
-            for _ in range(150):
+            for _ in range(60):
                 step(net)
         finally:
             done.set()

@@ -7,6 +7,7 @@ whole (every tensor has the same value). Only the way with temporary files may l
 """
 
 import argparse
+import importlib.util
 import os
 import random
 import signal
@@ -15,7 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
+if importlib.util.find_spec("lamina") is None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 import numpy as np
 

@@ -146,7 +146,12 @@ def test_64_bits(tmp_path):
 
 
 def test_dtype_casts_floats_only(tmp_path):
-    obj = {"w": np.linspace(-3, 3, 50), "i": np.arange(3, dtype="i4"), "h": np.ones(2, "f2"), "s": 1.5}
+    obj = {
+        "w": np.linspace(-3, 3, 50),
+        "i": np.arange(3, dtype="i4"),
+        "h": np.ones(2, "f2"),
+        "s": 1.5,
+    }
     lamina.io.save(obj, tmp_path / "x")
     loaded = lamina.io.load(tmp_path / "x", dtype=jnp.bfloat16)
     assert loaded["w"].dtype == loaded["h"].dtype == jnp.bfloat16
@@ -156,7 +161,9 @@ def test_dtype_casts_floats_only(tmp_path):
 
 
 def test_names(tmp_path):
-    lamina.io.save({f"layer{i}.{n}": np.full(2, i, "f4") for i in range(3) for n in "wb"}, tmp_path / "x")
+    lamina.io.save(
+        {f"layer{i}.{n}": np.full(2, i, "f4") for i in range(3) for n in "wb"}, tmp_path / "x"
+    )
     load = lambda names: list(lamina.io.load(tmp_path / "x", names=names))  # noqa: E731
     assert load("layer1.*") == ["layer1.w", "layer1.b"]
     assert load(["*.b", "layer0.w"]) == ["layer0.w", "layer0.b", "layer1.b", "layer2.b"]
@@ -303,7 +310,9 @@ scalars = (
 )  # fmt: skip
 dtypes = st.sampled_from(
     ["f2", "f4", "f8", "c8", "c16", "i1", "i8", "u2", "u8", "?"]
-) | st.sampled_from([ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.float8_e3m4, ml_dtypes.int4])
+) | st.sampled_from(
+    [ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, ml_dtypes.float8_e3m4, ml_dtypes.int4]
+)
 
 
 @st.composite
@@ -351,12 +360,19 @@ def test_hostile_descriptions(tmp_path_factory, tree):
     from lamina.io.safetensors import write_safetensors
 
     path = tmp_path_factory.getbasetemp() / "hostile"
-    for text in (tree, {"version": 1, "tree": tree}, {"version": 1, "dtypes": tree}, {"version": 1, "prng": tree}):
-        write_safetensors({"w": np.ones(2, "f4")}, path, metadata={"lamina": json.dumps(text)}, sync=False)
+    for text in (
+        tree,
+        {"version": 1, "tree": tree},
+        {"version": 1, "dtypes": tree},
+        {"version": 1, "prng": tree},
+    ):
+        write_safetensors(
+            {"w": np.ones(2, "f4")}, path, metadata={"lamina": json.dumps(text)}, sync=False
+        )
         try:
             lamina.io.load(path)
         except FileError as error:
-            assert len(str(error)) < 2000
+            assert len(str(error)) < 2000  # noqa: PT017
 
 
 def test_deep_description(tmp_path):

@@ -79,14 +79,18 @@ def test_versions_of_npy(tmp_path):
 
 
 def test_types_numpy_cannot_name(tmp_path):
-    obj = {"b": np.arange(3).astype(ml_dtypes.bfloat16), "e": np.ones(2, ml_dtypes.float8_e5m2), "n": [1]}
+    obj = {
+        "b": np.arange(3).astype(ml_dtypes.bfloat16),
+        "e": np.ones(2, ml_dtypes.float8_e5m2),
+        "n": [1],
+    }
     lamina.io.save(obj, tmp_path / "x", format="npz")
     loaded = lamina.io.load(tmp_path / "x", numpy=True)
     assert same(loaded["b"], obj["b"]) and same(loaded["e"], obj["e"]) and loaded["n"] == [1]
     with np.load(tmp_path / "x") as file:
         assert same(file["b"].view(ml_dtypes.bfloat16), obj["b"])
     with open(tmp_path / "y", "wb") as file:
-        np.savez(file, **{"b": obj["b"], "f": np.ones(2)})
+        np.savez(file, b=obj["b"], f=np.ones(2))
     with pytest.raises(FileError, match="'b' has the raw type"):
         lamina.io.load(tmp_path / "y")
     assert lamina.io.load(tmp_path / "y", names="f", numpy=True)["f"].tolist() == [1, 1]
@@ -105,7 +109,9 @@ def test_objects_are_never_unpickled(tmp_path):
             return (os.mkdir, (str(tmp_path / "exploded"),))
 
     with open(tmp_path / "x", "wb") as file:
-        np.savez(file, bad=np.array([Bomb()], dtype=object), good=np.ones(2, "f4"), text=np.array(["a"]))
+        np.savez(
+            file, bad=np.array([Bomb()], dtype=object), good=np.ones(2, "f4"), text=np.array(["a"])
+        )
     with lamina.io.open(tmp_path / "x") as file:
         assert list(file) == ["bad", "good", "text"]
         with pytest.raises(FileError, match="'bad' holds pickled Python objects"):

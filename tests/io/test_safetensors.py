@@ -85,7 +85,11 @@ def test_types_that_the_oracle_has_not(tmp_path):
 
 
 def test_data_is_aligned_and_aliased(tmp_path):
-    tensors = {"odd": sample("f4", (1001,)), "even": sample("f4", (64, 64)), "e2": sample("u1", (4096,))}
+    tensors = {
+        "odd": sample("f4", (1001,)),
+        "even": sample("f4", (64, 64)),
+        "e2": sample("u1", (4096,)),
+    }
     path = tmp_path / "x"
     write_safetensors(tensors, path)
     with open_safetensors(path) as file:
@@ -119,7 +123,10 @@ def test_strided_and_foreign_order(tmp_path):
 
 
 def test_names(tmp_path):
-    tensors = {n: np.ones(2, "f4") for n in ("", "a.b", "weiß 漢字 🦙", "quote\"\\", "\n\0", "format", "lamina")}
+    tensors = {
+        n: np.ones(2, "f4")
+        for n in ("", "a.b", "weiß 漢字 🦙", 'quote"\\', "\n\0", "format", "lamina")
+    }
     write_safetensors(tensors, tmp_path / "x")
     assert safetensors_numpy.load_file(tmp_path / "x").keys() == tensors.keys()
     assert list(open_safetensors(tmp_path / "x")) == list(tensors)
@@ -146,7 +153,9 @@ def test_ties_both_ways(tmp_path, torch):
     assert loaded["embed.weight"] is loaded["head.weight"]
     with lamina.io.open(tmp_path / "theirs") as file:
         assert set(file) == {"embed.weight", "head.weight"} and len(file.ties) == 1
-    lamina.io.save({"embed.weight": loaded["embed.weight"] + 1, "x": loaded["embed.weight"]}, tmp_path / "z")
+    lamina.io.save(
+        {"embed.weight": loaded["embed.weight"] + 1, "x": loaded["embed.weight"]}, tmp_path / "z"
+    )
     value = loaded["embed.weight"] + 1
     lamina.io.save({"embed.weight": value, "head.weight": value}, tmp_path / "ours")
     assert (tmp_path / "ours").stat().st_size < 600

@@ -24,7 +24,9 @@ def index_of(directory):
 def test_write_and_read(tmp_path):
     x = jnp.arange(250.0)
     obj = {**tensors(), "tie": x, "tied": x, "step": 3}
-    lamina.io.save(obj, tmp_path / "model.safetensors", max_shard_size="2KB", metadata={"who": "me"})
+    lamina.io.save(
+        obj, tmp_path / "model.safetensors", max_shard_size="2KB", metadata={"who": "me"}
+    )
     names = sorted(os.listdir(tmp_path))
     assert names[0] == "model-00001-of-00003.safetensors" and len(names) == 4
     assert index_of(tmp_path)["metadata"]["total_size"] == 6000
@@ -120,7 +122,9 @@ def test_one_name_in_two_shards(tmp_path):
     path.write_text('{"weight_map": {"w": "a.safetensors", "u": "b.safetensors"}}')
     with pytest.raises(FileError, match="'v' is in two shards"):
         lamina.io.load(path)
-    path.write_text('{"weight_map": {"w": "a.safetensors", "u": "b.safetensors", "v": "b.safetensors"}}')
+    path.write_text(
+        '{"weight_map": {"w": "a.safetensors", "u": "b.safetensors", "v": "b.safetensors"}}'
+    )
     assert float(lamina.io.load(path)["v"][0]) == 0
 
 
@@ -134,7 +138,13 @@ def test_directories(tmp_path):
 
 
 def test_sizes():
-    assert [parse_size(s) for s in (5, "5", "5GB", "1.5 KiB", "2mb")] == [5, 5, 5 * 10**9, 1536, 2 * 10**6]
+    assert [parse_size(s) for s in (5, "5", "5GB", "1.5 KiB", "2mb")] == [
+        5,
+        5,
+        5 * 10**9,
+        1536,
+        2 * 10**6,
+    ]
     for bad in ("GB", "-1", "1 XB", 0, "0", "1e9"):
         with pytest.raises(ValueError, match="size|byte"):
             parse_size(bad)

@@ -1,1 +1,1 @@
-"""The core: boxes, modules, the walker, binding, randomness and materialising. It knows no layer."""
+"""The core: boxes, modules, the walker, binding and materialising. It knows no layer."""

@@ -1,4 +1,4 @@
-"""Binding: how values travel between boxes and JAX's transforms. The only file that touches tracers.
+"""Binding: how values travel between boxes and JAX. The only file that touches tracers.
 
 A *frame* is open while lamina traces a function. Inside it a box may hold a tracer in place of its
 value; the frame remembers what the box held before, notes what was written, and puts everything
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
@@ -64,7 +65,7 @@ _CLEAN = get_opaque_trace_state(convention="lamina")
 
 
 class Retry(BaseException):
-    """The trace just finished knew too little; its transform starts it again. Never reaches users."""
+    """The trace just finished knew too little and starts again. Never reaches users."""
 
 
 class Frame:
@@ -148,7 +149,7 @@ class Frame:
         box._level = self.level
 
     def collect(self) -> list[Any]:
-        """Return the present values of the boxes that were written, in the order of first writing."""
+        """Return the present values of the boxes that were written, in order of first writing."""
         return [box._value for box in self.written]
 
 
@@ -275,6 +276,8 @@ def settled_value(box: Box) -> Any:
 def settle(box: Box, value: Any) -> None:
     """Give a box that has no value one that outlives the open frames, as if it always had it."""
     box._value = value
+    if STATE.frames:
+        STATE.frames[0].on_error.append(lambda: setattr(box, "_value", None))
     for frame in STATE.frames:
         if box in frame.saved:
             frame.saved[box] = (value, frame.saved[box][1])
@@ -332,16 +335,16 @@ def _fix(kind: str) -> str:
 
 
 _FOREIGN_WRITE = """{box} is written under a plain JAX transform, which would lose the new value.
-    wrong:  jax.jit(f), jax.vmap(f), jax.grad(f), ... with f writing a parameter, a buffer or RNG state
+    wrong:  jax.jit(f), jax.vmap(f), jax.grad(f), ... where f writes a parameter or buffer
     right:  lamina.jit(f), lamina.vmap(f), lamina.grad(f), ...
-    or:     lamina.functional_call(net, params, x, return_state=True), which returns the written state
+    or:     out, state = lamina.functional_call(net, params, x, return_state=True)
     or:     net.eval() if the layer needs no new state, or `with lamina.rng(key):` for dropout"""
 
 _INNER_WRITE = """{box} is written inside a jax transform nested in lamina's `{kind}`; \
 the new value would be lost. {fix}"""
 
-_TRACER_ATTRIBUTE = """{cls}.{name} is a plain attribute, and under `{kind}` the array assigned to it \
-exists only while tracing.
+_TRACER_ATTRIBUTE = """{cls}.{name} is a plain attribute, and under `{kind}` the array assigned to \
+it exists only while tracing.
     mend:  in __init__, declare it:  self.register_buffer({name!r}, None, persistent=False)
            then `self.{name} = array` works everywhere and the value comes out."""
 
@@ -350,5 +353,5 @@ function: the change would happen once, while tracing, and then be lost.
     mend:  keep changing state in a buffer:  self.{name} = nn.Buffer(jnp.asarray(0))
            or change it outside of the compiled function."""
 
-_STRUCTURE = """{cls}.{name} is added, replaced or removed inside a compiled function: the change would \
-happen once, while tracing, and then be lost. Change the structure of a model outside of it."""
+_STRUCTURE = """{cls}.{name} is added, replaced or removed inside a compiled function: the change \
+would happen once, while tracing, and then be lost. Change the structure of a model outside of it."""

@@ -75,7 +75,9 @@ class _List(Module):
     def extend(self, modules: Iterable[Module]) -> Self:
         """Add all modules of an iterable at the end."""
         if isinstance(modules, Module) and not isinstance(modules, _List):
-            raise TypeError(f"extend: expected an iterable of modules, got {type(modules).__name__}")
+            raise TypeError(
+                f"extend: expected an iterable of modules, got {type(modules).__name__}"
+            )
         self._append_all(list(modules))
         return self
 
@@ -399,7 +401,7 @@ class ParameterDict(_Values):
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value under ``key``, or ``default``."""
-        return self[key] if key in self else default
+        return self[key] if key in self._keys else default
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Return the value under ``key``, after setting it to ``default`` if there is none."""
@@ -484,7 +486,7 @@ def contain(value: Any, where: str) -> Module | None:
     if not _is_list(value) and not isinstance(value, Mapping):
         return None
     items = list(value.values() if isinstance(value, Mapping) else value)
-    parts = [
+    parts: list[Any] = [
         item if isinstance(item, (Module, Box)) else contain(item, where) if _nested(item) else None
         for item in items
     ]
@@ -537,5 +539,3 @@ def _check_times(times: int) -> None:
         raise TypeError(f"Sequential * n: expected an int, got {type(times).__name__}")
     if times <= 0:
         raise ValueError(f"Sequential * n: expected a positive int, got {times}")
-
-

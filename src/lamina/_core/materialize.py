@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import parameter as _parameter
 from .bind import Frame
 from .errors import DeferredError, ShapeError, format_shape
 from .module import Module
-from .parameter import Box, canonical
+from .parameter import Box, as_sharding, canonical
 from .random import BIRTHS, is_key, origin_of, seed_key
 from .walk import identify, walk
 
@@ -61,9 +60,7 @@ def infer(net: Module, *specs: Any, **kwargs: Any) -> Module:
         with Frame("infer", abstract=True):
             net(*args, **keywords)
 
-    jax.eval_shape(
-        forward, [abstractify(x) for x, use in zip(leaves, dynamic, strict=True) if use]
-    )
+    jax.eval_shape(forward, [abstractify(x) for x, use in zip(leaves, dynamic, strict=True) if use])
     return net
 
 
@@ -125,7 +122,7 @@ def materialize(
             box._cast(dtype)
         sharding = place(name, box)
         if sharding is not None:
-            box.sharding = _parameter.as_sharding(sharding)
+            box.sharding = as_sharding(sharding)
         if box._is_free or (box.is_material and not overwrite):
             continue
         if box._awaits_shapes:
@@ -239,4 +236,4 @@ class _Maker:
     seed = staticmethod(BIRTHS.seed)
 
 
-_parameter.MAKER = _Maker()
+Box._maker = _Maker()

@@ -7,17 +7,18 @@ It holds a plain ``jax.Array`` and can be used wherever ``jax.numpy`` takes one.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from . import bind
-from .bind import STATE, VERSION
+from .bind import LOCK, STATE, VERSION
 from .errors import (
     DeferredError,
     ForeignTransformError,
@@ -40,14 +41,14 @@ class _Maker(Protocol):
     def seed(self) -> Any: ...
 
 
-MAKER: _Maker
-
-
 class Box:
     """A mutable holder of one array, with its shape, dtype, recipe and sharding.
 
     Use :class:`Parameter` or :class:`Buffer`.
     """
+
+    _maker: ClassVar[_Maker]
+    """Supplied by ``materialize.py``, which stands above the boxes."""
 
     __slots__ = (
         "__dict__",
@@ -95,6 +96,8 @@ class Box:
             data = data.data
         wide = np.dtype(dtype) if dtype is not None else getattr(data, "dtype", None)
         value = jnp.asarray(data, None if dtype is None else canonical(dtype))
+        if getattr(value, "weak_type", False):
+            value = jax.lax.convert_element_type(value, value.dtype)
         if sharding is not None:
             value = jax.device_put(value, sharding)
         self._shape = tuple(value.shape)
@@ -157,7 +160,7 @@ class Box:
         shape = self.shape
         if None in shape:
             raise DeferredError(_UNSHAPED.format(box=self._describe()))
-        return int(np.prod(shape, dtype=np.int64))
+        return math.prod(shape)  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:
@@ -171,7 +174,7 @@ class Box:
 
     @property
     def _awaits_shapes(self) -> bool:
-        """Whether the value can't be made yet: a size is unknown here, or where the recipe looks."""
+        """Whether the value can't be made yet, for want of a size here or in the recipe."""
         return self._value is None and (
             self._shape is None or None in self._shape or not getattr(self._init, "is_ready", True)
         )
@@ -218,17 +221,21 @@ class Box:
         self._write(value)
 
     def _read(self) -> jax.Array:
-        value = self._value
-        if value is None:
-            value = self._fill()
         if STATE.frames:
+            value = self._value
+            if value is None:
+                value = self._fill()
             bind.note_read(self)
             return value
         if STATE.depth == 0 and bind.under_foreign_trace():
             raise ForeignTransformError(_FOREIGN_READ.format(box=self._describe()))
-        if self._exposed is not value:
-            self._exposed = value
-            VERSION.exposed += 1
+        with LOCK:  # another thread may be tracing, or about to give the value away
+            value = self._value
+            if value is None:
+                value = self._fill()
+            if self._exposed is not value:
+                self._exposed = value
+                VERSION.exposed += 1
         return value
 
     def _write(self, value: Any) -> None:
@@ -273,7 +280,7 @@ class Box:
             f"mend: value.astype({np.dtype(self.dtype).name!r}), or change the model first: "
             f"net.to(dtype)"
             if what == "dtype"
-            else "mend: reshape the value, or replace the parameter: module.name = nn.Parameter(value)"
+            else "mend: reshape the value, or replace the parameter: net.name = nn.Parameter(value)"
         )
         return f"{self._describe()}: expected {what} {expected}, got {got}; {mend}"
 
@@ -289,7 +296,7 @@ class Box:
 
     def _make_value(self) -> None:
         """Draw the value from the recipe, outside of whatever is being traced."""
-        bind.settle(self, MAKER.draw(self))
+        bind.settle(self, self._maker.draw(self))
 
     def initialize(self, recipe: Recipe, key: Any = None) -> Self:
         """Record a recipe, and draw the value anew if there is one already.
@@ -308,9 +315,9 @@ class Box:
             )
         self._init = recipe
         self._init_is_default = False
-        self._seed = key if key is not None else MAKER.seed()
+        self._seed = key if key is not None else self._maker.seed()
         if self._value is not None:
-            bind.store(self, self._checked(MAKER.draw(self)))
+            bind.store(self, self._checked(self._maker.draw(self)))
         return self
 
     def _default_init(self, recipe: Recipe) -> None:
@@ -320,7 +327,9 @@ class Box:
             self._init = recipe
             self._init_is_default = True
 
-    def materialize(self, shape: Shape | None = None, device: Any = None, dtype: Any = None) -> None:
+    def materialize(
+        self, shape: Shape | None = None, device: Any = None, dtype: Any = None
+    ) -> None:
         """Fill in the unknown sizes (PyTorch's name for it on uninitialised parameters)."""
         if shape is not None:
             self.shape = shape
@@ -418,6 +427,29 @@ class Box:
     def __hash__(self) -> int:
         return id(self)
 
+    if TYPE_CHECKING:  # the operators are defined below, all in the same way
+
+        def __add__(self, other: Any) -> jax.Array: ...
+        def __sub__(self, other: Any) -> jax.Array: ...
+        def __mul__(self, other: Any) -> jax.Array: ...
+        def __truediv__(self, other: Any) -> jax.Array: ...
+        def __pow__(self, other: Any) -> jax.Array: ...
+        def __matmul__(self, other: Any) -> jax.Array: ...
+        def __radd__(self, other: Any) -> jax.Array: ...
+        def __rsub__(self, other: Any) -> jax.Array: ...
+        def __rmul__(self, other: Any) -> jax.Array: ...
+        def __rtruediv__(self, other: Any) -> jax.Array: ...
+        def __rmatmul__(self, other: Any) -> jax.Array: ...
+        def __iadd__(self, other: Any) -> Self: ...
+        def __isub__(self, other: Any) -> Self: ...
+        def __imul__(self, other: Any) -> Self: ...
+        def __itruediv__(self, other: Any) -> Self: ...
+        def __neg__(self) -> jax.Array: ...
+        def __lt__(self, other: Any) -> jax.Array: ...
+        def __le__(self, other: Any) -> jax.Array: ...
+        def __gt__(self, other: Any) -> jax.Array: ...
+        def __ge__(self, other: Any) -> jax.Array: ...
+
     # Copying keeps the value, the recipe and the flags; the copy belongs to nobody yet.
 
     def __getstate__(self) -> dict[str, Any]:
@@ -470,7 +502,9 @@ class Box:
                 parts.append(f"init={self._init!r}")
             return ", ".join([*parts, *extra])
         text = repr(self._read())
-        return text[:-1] + "".join(f", {part}" for part in extra) + ")" if text.endswith(")") else text
+        return (
+            text[:-1] + "".join(f", {part}" for part in extra) + ")" if text.endswith(")") else text
+        )
 
 
 class Parameter(Box):
@@ -544,15 +578,18 @@ class Parameter(Box):
             return
         if value is not None and tuple(np.shape(value)) != self.shape:
             raise ShapeError(
-                self._mismatch("gradient shape", format_shape(self.shape), format_shape(np.shape(value)))
+                self._mismatch(
+                    "gradient shape", format_shape(self.shape), format_shape(np.shape(value))
+                )
             )
         bind.store(self._grad_box(), None if value is None else array(value))
 
     def _grad_box(self) -> Buffer:
-        if self._grad is None:
-            self._grad = bind.outlive(Buffer())
-            self._grad._owner = weakref.ref(self)
-        return self._grad
+        box: Any = self._grad
+        if box is None:
+            box = self._grad = bind.outlive(Buffer())
+            box._owner = weakref.ref(self)
+        return box
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -729,7 +766,19 @@ def _unary(function: Callable[[Any], Any]) -> Any:
     return lambda self: function(self._read())
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+):
     _function = getattr(operator, f"__{_name}__")
     _forward, _backward = _binary(_function)
     setattr(Box, f"__{_name}__", _forward)
@@ -742,7 +791,9 @@ for _name in ("neg", "pos", "abs", "invert"):
 
 for _class in (Parameter, Buffer):
     jax.tree_util.register_pytree_node(
-        _class, lambda box: ((box._read(),), None), lambda _, children: children[0]
+        _class,
+        lambda box: ((box._read(),), None),
+        lambda _, parts: parts[0],  # type: ignore[arg-type]
     )
 
 _UNSHAPED = """{box} has no value yet, and some of its sizes are unknown.

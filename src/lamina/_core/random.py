@@ -163,7 +163,7 @@ def rng(seed: Any) -> Iterator[Generator]:
     with bind.Frame("rng") as frame:
         frame.bind(boxes, (words, start))
         yield DEFAULT
-        written = [box for box in frame.written if box not in boxes]
+        written = [box for box in frame.written if box not in set(boxes)]
         values = [box._value for box in written]
     for box, value in zip(written, values, strict=True):
         bind.store(box, value)
@@ -228,4 +228,6 @@ def origin_of(box: Box, root: Any) -> tuple[Any, int]:
     origin = holder.get("_origin")
     if origin is None:
         origin = holder["_origin"] = BIRTHS.take()
-    return (origin[0] if box._seed is None else box._seed), origin[1]
+    if box._seed is None:
+        return origin
+    return box._seed, 0 if is_key(box._seed) else origin[1]

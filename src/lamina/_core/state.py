@@ -31,8 +31,10 @@ class IncompatibleKeys(namedtuple("IncompatibleKeys", ["missing_keys", "unexpect
     __slots__ = ()
 
     def __repr__(self) -> str:
-        return super().__repr__() if self.missing_keys or self.unexpected_keys else (
-            "<All keys matched successfully>"
+        return (
+            super().__repr__()
+            if self.missing_keys or self.unexpected_keys
+            else ("<All keys matched successfully>")
         )
 
 
@@ -137,7 +139,8 @@ class StateMixin:
 
     def get_extra_state(self) -> Any:
         """Return further state to be put into the state dict; override together with
-        :meth:`set_extra_state`."""
+        :meth:`set_extra_state`.
+        """
         raise AttributeError(f"{type(self).__name__} has no extra state")
 
     def set_extra_state(self, state: Any) -> None:
@@ -259,7 +262,8 @@ class StateMixin:
 
     def register_load_state_dict_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Call ``hook(module, state_dict, prefix, local_metadata, strict, missing_keys,
-        unexpected_keys, error_msgs)`` before the module takes its values; it may edit the dict."""
+        unexpected_keys, error_msgs)`` before the module takes its values; it may edit the dict.
+        """
         return add_hook(self, "_load_pre_hooks", hook)
 
     def _register_load_state_dict_pre_hook(
@@ -270,7 +274,8 @@ class StateMixin:
 
     def register_load_state_dict_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
         """Call ``hook(module, incompatible_keys)`` after all values are taken; it may edit the
-        two lists."""
+        two lists.
+        """
         return add_hook(self, "_load_hooks", hook)
 
 
@@ -286,9 +291,7 @@ def _load(
 ) -> None:
     module._adopt_containers()
     local: list[str] = []
-    module._load_from_state_dict(
-        state, prefix, dict(options), strict, missing, local, errors
-    )
+    module._load_from_state_dict(state, prefix, dict(options), strict, missing, local, errors)
     unexpected.extend(key for key in local if key not in unexpected)
     for name, child in module._modules.items():
         if child is not None:
@@ -311,10 +314,14 @@ def _take(box: Box, value: Any, options: Mapping[str, Any]) -> str | None:
         wide = np.dtype(value.dtype) if str(value.dtype) in _WIDE else None
         value = value if isinstance(value, jax.Array) else _to_jax(value)
         shape = box.shape
-        if not box._is_free and (
-            len(shape) != value.ndim
-            or any(a is not None and a != b for a, b in zip(shape, value.shape, strict=True))
-        ) and box._shape is not None:
+        if (
+            not box._is_free
+            and (
+                len(shape) != value.ndim
+                or any(a is not None and a != b for a, b in zip(shape, value.shape, strict=True))
+            )
+            and box._shape is not None
+        ):
             hint = ""
             if value.ndim == 2 and value.shape[::-1] == tuple(shape):
                 hint = "; it fits transposed: value.T"

@@ -67,7 +67,7 @@ class Tree:
         return list(self.names)
 
 
-def walk(root: Module) -> Tree:
+def walk(root: Any) -> Tree:
     """Return the names below ``root``; cached until a module or a box is added or removed."""
     tree = root.__dict__.get("_tree")
     if tree is None or tree.version != VERSION.tree:
@@ -159,7 +159,13 @@ def static_value(value: Any) -> Any:
     return kind, value
 
 
-def fingerprint(root: Module) -> tuple[Any, list[tuple[Any, Any]]]:
+def _can_change(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_can_change, value))
+    return isinstance(value, (list, dict, set))
+
+
+def fingerprint(root: Any) -> tuple[Any, list[tuple[Any, Any]]]:
     """Return all that a compiled program may depend on except values, and the mutable attributes.
 
     The second part lists ``(container, stand-in)`` for plain lists, dicts and sets, whose content
@@ -167,7 +173,8 @@ def fingerprint(root: Module) -> tuple[Any, list[tuple[Any, Any]]]:
     """
     cached = root.__dict__.get("_fingerprint")
     if cached is not None and cached[0] == VERSION.static:
-        return cached[1]
+        if all(static_value(container) == mark for container, mark in cached[1][1]):
+            return cached[1]
     index: dict[Any, int] = {}
     mutable: list[tuple[Any, Any]] = []
     parts: list[Any] = []
@@ -185,14 +192,18 @@ def fingerprint(root: Module) -> tuple[Any, list[tuple[Any, Any]]]:
     return result
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _statics(module: Module, mutable: list[tuple[Any, Any]]) -> Iterator[Any]:
     for key, value in module.__dict__.items():
         if key in module._INTERNAL:
             continue
         stand_in = static_value(value)
-        if isinstance(value, (list, dict, set)):
+        if _can_change(value):
             mutable.append((value, stand_in))
         yield key, stand_in
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+    for kind in _HOOKS:
+        hooks = getattr(module, kind)
         if hooks:
-            yield tuple(_Same(hook) for hook in hooks.values())
+            yield kind, tuple(_Same(hook) for hook in hooks.values())

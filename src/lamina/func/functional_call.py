@@ -92,7 +92,7 @@ def functional_call(
     return (out, state) if return_state else out
 
 
-def _fits(box: Box, shape: tuple[int, ...]) -> bool:
+def _fits(box: Box, shape: tuple[int | None, ...]) -> bool:
     if box._shape is None and not box.is_material:
         return True
     own = box.shape

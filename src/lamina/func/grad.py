@@ -60,7 +60,9 @@ def value_and_grad(
 
     @functools.wraps(fn, updated=())
     def differentiated(*args: Any, **kwargs: Any) -> Any:
-        out, grads = settle(lambda: _once(fn, numbers, wrt, args, kwargs, has_aux), "value_and_grad")
+        out, grads = settle(
+            lambda: _once(fn, numbers, wrt, args, kwargs, has_aux), "value_and_grad"
+        )
         return out, (grads[0] if isinstance(argnums, int) else tuple(grads))
 
     return differentiated
@@ -173,7 +175,7 @@ def _once(
 
 
 def select(net: Any, wrt: Select = None) -> dict[str, Parameter]:
-    """Return the trainable parameters of a module by canonical name, or those that ``wrt`` names."""
+    """Return the trainable parameters of a module by name, or those that ``wrt`` selects."""
     everything = {
         name: box
         for box, name in walk(net).names.items()
@@ -188,9 +190,7 @@ def select(net: Any, wrt: Select = None) -> dict[str, Parameter]:
         chosen = {
             name: box
             for name, box in everything.items()
-            if any(
-                fnmatch.fnmatchcase(name, w) if isinstance(w, str) else w is box for w in wanted
-            )
+            if any(fnmatch.fnmatchcase(name, w) if isinstance(w, str) else w is box for w in wanted)
         }
     if not chosen:
         hint = did_you_mean(wrt, everything) if isinstance(wrt, str) else ""
@@ -226,12 +226,12 @@ def backward(fn: Callable[..., Any], *args: Any, has_aux: bool = False, **kwargs
     """
     code = getattr(fn, "__code__", None)
     guess = [box for ref in _TOUCHED.get(code, ()) if (box := ref()) is not None]
-    boxes = [box for box in guess if _is_trainable(box) and not box._awaits_shapes]
+    boxes: list[Any] = [box for box in guess if _is_trainable(box) and not box._awaits_shapes]
 
     def attempt() -> tuple[Any, dict[Parameter, None]]:
         aux_constants = Constants()
         written: list[Box] = []
-        touched: dict[Parameter, None] = {}
+        touched: dict[Any, None] = {}
         read: list[Box] = []
 
         def pure(values: list[Any]) -> Any:
@@ -268,7 +268,5 @@ def backward(fn: Callable[..., Any], *args: Any, has_aux: bool = False, **kwargs
 
 def _is_trainable(box: Box) -> bool:
     return (
-        isinstance(box, Parameter)
-        and box.requires_grad
-        and jnp.issubdtype(box.dtype, jnp.inexact)
+        isinstance(box, Parameter) and box.requires_grad and jnp.issubdtype(box.dtype, jnp.inexact)
     )

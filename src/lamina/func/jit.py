@@ -17,7 +17,7 @@ from .._core.bind import LOCK, STATE, VERSION, Frame, Retry
 from .._core.errors import ForeignTransformError, LaminaError
 from .._core.module import Module
 from .._core.parameter import Box, Parameter
-from .._core.walk import describe, identify, static_value
+from .._core.walk import describe, identify, root_of, static_value
 
 __all__ = ["Jitted", "jit"]
 
@@ -150,6 +150,8 @@ class Jitted:
 
     def _keep(self, place: Any, binding: _Binding) -> None:
         self._bindings[place] = binding
+        for module in binding.program.closures:
+            binding.mutable += module._state_fingerprint()[1]
         for owner in binding.owners:
             binding.watch.append(weakref.ref(owner, lambda _: self._bindings.pop(place, None)))
         binding.owners = []
@@ -166,7 +168,7 @@ class Jitted:
         binding = _Binding(leaves, treedef, shape, owners)
         key = (treedef, shape, tuple(statics), binding.fingerprint)
         programs = self._programs.setdefault(key, [])
-        program = next((p for p in programs if p.is_current()), None)
+        program = next((p for p in programs if p.is_current() and p.fits(binding)), None)
         if program is None:
             program = _Program(self._fn, self._name())
             program.kept = [ref for ref in binding.refs.values() if not ref[2]]
@@ -196,7 +198,8 @@ Module._compiler = staticmethod(jit)
 
 class _Learnt:
     """What a trace found out: boxes it wrote, boxes it read that were not bound, and which of
-    these it read inside a JAX transform nested in it."""
+    these it read inside a JAX transform nested in it.
+    """
 
     def __init__(
         self, written: Iterable[Box] = (), read: Iterable[Box] = (), foreign: Iterable[Box] = ()
@@ -220,6 +223,8 @@ class _Program:
         self.kept: list[Any] = []
         self.closures: dict[Any, Any] = {}
         self.guards: list[tuple[Any, Any]] = []
+        self.overlaps: list[tuple[Any, Any]] = []
+        self.is_traced = False
         self.unsure: list[Box] = []
         """Boxes read inside a nested JAX transform, which must be read there again when bound."""
         self.has_static = False
@@ -233,12 +238,16 @@ class _Program:
     def is_current(self) -> bool:
         """Whether the closures are as they were when the program was traced."""
         return self.names_stand() and all(
-            module._state_fingerprint()[0] == before for module, before in self.closures.items()
+            _state_of(module) == before for module, before in self.closures.items()
         )
 
     def names_stand(self) -> bool:
         """Whether the outer names that meant modules mean the same ones still."""
-        return all(look_up() is before for look_up, before in self.guards)
+        return all(_owners_in(look_up()) == before for look_up, before in self.guards)
+
+    def fits(self, binding: _Binding) -> bool:
+        """Whether what the outer names mean is found among the arguments at the same places."""
+        return all(binding.places(before) == where for (_, before), where in self.overlaps)
 
     def learn(self, binding: _Binding, learnt: _Learnt) -> None:
         self.unsure += [box for box in learnt.foreign if box not in set(self.unsure)]
@@ -277,29 +286,37 @@ class _Program:
                 if box not in frame.captured:
                     raise ForeignTransformError(_KEPT_BY_JAX.format(box=describe(box)))
             self.unsure = []
+            self.is_traced = True
             self._note_closures(binding, frame)
-            result = jax.tree.map(self._seal, result)
+            result = jax.tree.map(functools.partial(self._seal, binding), result)
             return [box._value for box in binding.donated], result
 
     def _note_closures(self, binding: _Binding, frame: Frame) -> None:
         self.guards = [
-            (look_up, value)
+            (look_up, owners)
             for look_up in _outer_names(self.fn)
-            if hasattr(value := look_up(), "_state_boxes")
+            if (owners := _owners_in(look_up()))
         ]
-        modules = dict(frame.modules)
+        self.overlaps = [(guard, binding.places(guard[1])) for guard in self.guards]
+        inside = {part for owner in binding.live() for part in _parts(owner)}
+        roots = {root_of(module): None for module in frame.modules if module not in inside}
         for box in (*binding.donated, *binding.kept):
             if box not in binding.refs and (root := identify(box)[0]) is not None:
-                modules[root] = None
-        inside = {part for owner in binding.live() for part in _parts(owner)}
-        for module in modules:
-            if module not in inside and module.__dict__["_born"] != frame.serial:
-                self.closures[module] = module._state_fingerprint()[0]
+                roots[root] = None
+        for root in roots:
+            if root.__dict__["_born"] != frame.serial:
+                self.closures[root] = _state_of(root)
 
-    def _seal(self, leaf: Any) -> Any:
+    def _seal(self, binding: _Binding, leaf: Any) -> Any:
         if _classify(leaf) == _ARRAY:
             return leaf
         self.has_static = True
+        for place, owner in enumerate(binding.live()):
+            if leaf is owner:
+                return _Static(_Argument(place, ""))
+            for name, module in owner.named_modules() if isinstance(owner, Module) else ():
+                if leaf is module:
+                    return _Static(_Argument(place, name))
         return _Static(leaf)
 
 
@@ -309,7 +326,9 @@ class _Binding:
     def __init__(
         self, leaves: list[Any], treedef: Any, shape: tuple[int, ...], owners: list[Any]
     ) -> None:
-        self.template = [None if k == _ARRAY else leaf for k, leaf in zip(shape, leaves, strict=True)]
+        self.template = [
+            None if k == _ARRAY else leaf for k, leaf in zip(shape, leaves, strict=True)
+        ]
         self.treedef = treedef
         self.shape = shape
         self.owners = owners
@@ -349,9 +368,25 @@ class _Binding:
 
         self.donated = [resolve(ref) for ref in program.donated]
         self.kept = [resolve(ref) for ref in program.kept]
-        self.mutable += [
-            pair for module in program.closures for pair in module._state_fingerprint()[1]
-        ]
+
+    def places(self, owners: list[Any]) -> list[Any]:
+        """Return where the boxes of some modules are found among the arguments."""
+        return [self.refs.get(box) for owner in owners for box in owner._state_boxes()]
+
+    def open(self, result: Any) -> Any:
+        """Put back what is no array into a result, as it is for these arguments."""
+        if not self.program.has_static:
+            return result
+
+        def open_leaf(leaf: Any) -> Any:
+            if type(leaf) is not _Static:
+                return leaf
+            if isinstance(leaf.value, _Argument):
+                owner: Any = self.owner_refs[leaf.value.place]()
+                return owner.get_submodule(leaf.value.name) if leaf.value.name else owner
+            return leaf.value
+
+        return jax.tree.map(open_leaf, result, is_leaf=lambda leaf: type(leaf) is _Static)
 
     def live(self) -> list[Any]:
         return [owner for ref in self.owner_refs if (owner := ref()) is not None]
@@ -386,15 +421,23 @@ class _Binding:
                 # Called through map, so that an interrupt that arrives during the call can't come
                 # between the return and the assignment, when the donated values are gone already.
                 results.extend(
-                    map(program.compiled, (donated,), ([box._value for box in self.kept],), (arrays,))
+                    map(
+                        program.compiled,
+                        (donated,),
+                        ([box._value for box in self.kept],),
+                        (arrays,),
+                    )
                 )
+            except Exception as error:
+                if any(v is not None and v.is_deleted() for v in donated):
+                    error.add_note(_LOST.format(name=program.name))
+                raise
             finally:
                 program.current = None
                 if results:
                     for box, value in zip(self.donated, results[0][0], strict=True):
                         box._value = value
-        result = results[0][1]
-        return jax.tree.map(_open, result, is_leaf=_is_static) if program.has_static else result
+        return self.open(results[0][1])
 
     def _protect(self, donated: list[Any]) -> None:
         """Replace values that the user holds by copies: donation must not delete those."""
@@ -406,9 +449,12 @@ class _Binding:
 
     def call(self, arrays: list[Any]) -> Any:
         """Call with all checks: the first time, or inside another transform."""
-        if not STATE.frames:
-            return self.run(arrays)
         program = self.program
+        if not STATE.frames:
+            for box in (*self.donated, *self.kept) if program.is_traced else ():
+                if box._value is None and not box._is_free and not box._awaits_shapes:
+                    box._fill()
+            return self.run(arrays)
         for module in program.closures:
             bind.note_module(module)
         donated = [_inner_value(box) for box in self.donated]
@@ -421,7 +467,7 @@ class _Binding:
             bind.note_module(module)
         for box, value in zip(self.donated, written, strict=True):
             bind.store(box, value)
-        return jax.tree.map(_open, result, is_leaf=_is_static) if program.has_static else result
+        return self.open(result)
 
     def lower(self, arrays: list[Any]) -> Any:
         donated = [box._value for box in self.donated]
@@ -437,6 +483,21 @@ def _inner_value(box: Box) -> Any:
         bind.note_read(box)
         return None
     return box._read()
+
+
+def _owners_in(value: Any, depth: int = 2) -> list[Any]:
+    """Return the modules and optimizers that a value is, or holds in lists, tuples and dicts."""
+    if hasattr(value, "_state_boxes"):
+        return [value]
+    if depth and isinstance(value, (list, tuple)):
+        return [owner for item in value for owner in _owners_in(item, depth - 1)]
+    if depth and isinstance(value, dict) and len(value) < 1000:
+        return [owner for item in value.values() for owner in _owners_in(item, depth - 1)]
+    return []
+
+
+def _state_of(module: Module) -> tuple[Any, list[int]]:
+    return module._state_fingerprint()[0], [id(box) for box in module._state_boxes()]
 
 
 def _parts(owner: Any) -> list[Any]:
@@ -488,6 +549,20 @@ class _Static:
 
 jax.tree_util.register_pytree_node(_Static, lambda box: ((), box), lambda box, _: box)
 
+
+class _Argument:
+    """Stands in a result for a module that came in as, or within, an argument."""
+
+    def __init__(self, place: int, name: str) -> None:
+        self.place, self.name = place, name
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Argument) and (self.place, self.name) == (other.place, other.name)
+
+    def __hash__(self) -> int:
+        return hash((self.place, self.name))
+
+
 _ARRAY, _OWNER, _STATIC = 1, 2, 3
 _KINDS: dict[type, int] = {}
 
@@ -511,16 +586,11 @@ def _ref_key(ref: Any) -> Any:
     return id(ref) if isinstance(ref, Box) else ref
 
 
-def _is_static(leaf: Any) -> bool:
-    return type(leaf) is _Static
-
-
-def _open(leaf: Any) -> Any:
-    return leaf.value if type(leaf) is _Static else leaf
-
-
 _KEPT_BY_JAX = """{box} is read by a function that JAX has kept from an earlier trace (a jax.jit, \
 jax.checkpoint or jax.lax loop over a function that lives on), with an old value in it.
     wrong:  inner = jax.jit(lambda x: net(x))           called inside lamina.jit
     right:  inner = lamina.jit(lambda x: net(x))
     or:     make the function where it is used:  jax.lax.scan(lambda h, x: net(h), ...)"""
+
+_LOST = """{name} failed while it was running, after its inputs were given up to it: the \
+parameters it was to update are lost. Load them again, for instance from the last checkpoint."""

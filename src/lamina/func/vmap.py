@@ -36,7 +36,8 @@ def vmap(
             each lane sees its own slice, and what a lane writes goes back to its slice. A module
             with ``None`` is shared by all lanes.
         out_axes: as in ``jax.vmap``.
-        axis_size, axis_name: as in ``jax.vmap``.
+        axis_size: as in ``jax.vmap``.
+        axis_name: as in ``jax.vmap``.
 
     Returns:
         The mapped function. Dropout draws differently in each lane.
@@ -83,7 +84,10 @@ def vmap(
                 frame.lane = lane
                 frame.bind(stacked, inner)
                 source = iter(values)
-                filled = [next(source) if use else leaf for use, leaf in zip(is_array, leaves, strict=True)]
+                filled = [
+                    next(source) if use else leaf
+                    for use, leaf in zip(is_array, leaves, strict=True)
+                ]
                 full, keywords = jax.tree.unflatten(treedef, filled)
                 out = fn(*full, **keywords)
                 if frame.stale:

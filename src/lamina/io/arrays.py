@@ -86,7 +86,7 @@ def to_numpy(
 
 
 def is_array(value: object) -> bool:
-    """Whether ``value`` is stored as a tensor: a JAX or numpy array, or something that gives one."""
+    """Whether ``value`` is stored as a tensor: an array, or something that gives one."""
     if isinstance(value, jax.Array | np.ndarray):
         return True
     if isinstance(value, np.generic | type):
@@ -112,10 +112,6 @@ def host_array(value: Any, where: str) -> tuple[np.ndarray, str]:
         value = value.__jax_array__()
     prng = ""
     if isinstance(value, jax.Array):
-        if isinstance(value, jax.core.Tracer):
-            raise TypeMismatchError(
-                f"{where}: cannot save a traced value; call save outside of jit and grad"
-            )
         if value.is_deleted():
             raise TypeMismatchError(
                 f"{where}: the array was deleted (donated to a compiled function); "

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def write_at(fd: int, offset: int, buffers: Sequence[np.ndarray]) -> None:
     queue = [buffer for buffer in buffers if buffer.nbytes]
     queue.reverse()
     while queue:
-        batch: list[np.ndarray] = []
+        batch: list[Any] = []
         total = 0
         while queue and len(batch) < _MOST_BUFFERS and total < _MOST_BYTES:
             buffer = queue.pop()

@@ -16,6 +16,7 @@ from lamina.io.safetensors import storable, write_safetensors
 from lamina.io.sharded import parse_size, remove_index, write_sharded
 from lamina.io.sniff import open_any
 from lamina.io.tensorfile import TensorFile, TensorHandle
+from lamina.io.torch_write import save_torch
 from lamina.io.tree import DESCRIPTION, flatten
 
 __all__ = ["load", "open", "save"]
@@ -82,6 +83,8 @@ def save(
     if format == "npz":
         flat = flatten(obj, numpy_names)
         write_npz(flat.tensors, path, description=flat.description, ties=flat.ties, sync=sync)
+    elif format == "torch":
+        save_torch(obj, path, sync=sync)
     else:
         formats = ["safetensors", "npz", "torch"]
         raise ValueError(

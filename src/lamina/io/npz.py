@@ -1,9 +1,9 @@
 """Read and write numpy's ``.npy`` and ``.npz`` files; Python objects in them are never unpickled.
 
 ``.npz`` is a zip file of ``.npy`` records
-(https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html). What we write, ``numpy.load``
-reads; a type that numpy cannot name (bfloat16, float8) is stored as unsigned integers of the same
-bytes, and a record ``__lamina__.json`` says so, and describes nested objects.
+(https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html). What we write,
+``numpy.load`` reads; a type that numpy cannot name (bfloat16, float8) is stored as unsigned
+integers of the same bytes, and a record ``__lamina__.json`` says so, and describes nested objects.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _NpzFile(TensorFile):
     bytes: FileBytes
 
     def verify(self) -> int:
-        data = memoryview(self.bytes.buffer())
+        data = self.bytes.buffer().data
         for record in self.records.values():
             check_crc(data, record, self.path)
         return len(self.records)
@@ -81,7 +81,7 @@ def open_npz(path: str | os.PathLike[str]) -> TensorFile:
     """
     source = FileBytes(path)
     try:
-        data = memoryview(source.buffer())
+        data = source.buffer().data
         records = read_directory(data, source.path)
         sources: list[FileBytes | LazyBytes] = [source]
         tensors: dict[str, TensorHandle] = {}
@@ -163,7 +163,7 @@ def _write_record(
     body = flat.reshape(-1).view(np.uint8)
     with archive.open(_entry(name, len(head) + body.nbytes, file.tell()), "w") as record:
         record.write(head)
-        record.write(body)
+        record.write(body.data)
 
 
 def _entry(name: str, size: int, position: int) -> zipfile.ZipInfo:
@@ -179,7 +179,7 @@ def _entry(name: str, size: int, position: int) -> zipfile.ZipInfo:
 
 def _inflated(source: FileBytes, record: Record) -> LazyBytes:
     def produce() -> memoryview:
-        return memoryview(record_bytes(memoryview(source.buffer()), record, source.path))
+        return record_bytes(source.buffer().data, record, source.path).data
 
     return LazyBytes(source.path, record.size, produce)
 
@@ -225,7 +225,9 @@ def _handle(
         strides = tuple(steps)
     native = stored.newbyteorder("=")
     swapped = None if stored == native else stored
-    return TensorHandle(name, shape, native, source, offset + start, strides=strides, stored=swapped)
+    return TensorHandle(
+        name, shape, native, source, offset + start, strides=strides, stored=swapped
+    )
 
 
 def _parse_header(where: str, head: bytes) -> tuple[int, dict[str, Any]]:

@@ -214,7 +214,7 @@ def _write_data(
 
     def sum_views() -> None:
         for name, view in views.items():
-            checksums[name] = zlib.crc32(view)
+            checksums[name] = zlib.crc32(view.data)
 
     summing = threading.Thread(target=sum_views, name="lamina-crc32")
     if checksums:
@@ -229,7 +229,7 @@ def _write_data(
                 offset += sum(piece.nbytes for piece in batch)
                 batch = [_bytes(np.ascontiguousarray(tensors[name]))]
                 if checksums:
-                    checksums[name] = zlib.crc32(batch[0])
+                    checksums[name] = zlib.crc32(batch[0].data)
             else:
                 batch.append(view)
         write_at(fd, offset, batch)

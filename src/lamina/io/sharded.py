@@ -257,4 +257,6 @@ def _read_index(path: str) -> dict[str, Any]:
 
 
 def _is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0:") and name.isprintable()
+    return (
+        name not in ("", ".", "..") and not any(c in name for c in "/\\\0:") and name.isprintable()
+    )

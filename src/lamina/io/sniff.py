@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from lamina._core.errors import FileError
+from lamina.io.gguf import open_gguf
 from lamina.io.npz import open_npy, open_npz
 from lamina.io.safetensors import open_safetensors
 from lamina.io.sharded import open_directory, open_index
@@ -36,6 +37,7 @@ OPENERS: dict[str, Callable[[str], TensorFile]] = {
     "torch-zip": open_torch_zip,
     "torch-legacy": open_torch_legacy,
     "torch-tar": open_torch_tar,
+    "gguf": open_gguf,
 }
 
 
@@ -80,7 +82,7 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         >>> _ = open(path, "w").write("version https://git-lfs.github.com/spec/v1")
         >>> kind_of(path)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        lamina._core.errors.FileError: ...is a git-lfs pointer, not the file itself; run: git lfs pull
+        lamina._core.errors.FileError: ... is a git-lfs pointer, not the file itself; run: ...
     """
     source = FileBytes(path)
     try:
@@ -143,7 +145,7 @@ def _json_kind(source: FileBytes, refuse: Callable[[str], FileError]) -> str:
 
 
 def _zip_kind(source: FileBytes) -> str:
-    data = memoryview(source.buffer())
+    data = source.buffer().data
     names = read_directory(data, source.path)
     del data
     if any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):

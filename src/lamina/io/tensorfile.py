@@ -39,8 +39,8 @@ class FileBytes:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.fspath(path)
         self.fd = -1
+        self.path = os.fspath(path)
         mode = os.stat(self.path).st_mode
         if stat.S_ISDIR(mode):
             raise FileError(f"{self.path}: is a directory, expected a file")
@@ -86,7 +86,7 @@ class FileBytes:
         self.check()
         start = 0
         while start < len(pieces):
-            batch = pieces[start : start + _MOST_BUFFERS]
+            batch: list[Any] = pieces[start : start + _MOST_BUFFERS]
             wanted = sum(piece.nbytes for piece in batch)
             got = os.preadv(self.fd, batch, offset) if wanted else 0
             offset += got
@@ -121,9 +121,9 @@ class FileBytes:
         if fd >= 0:
             os.close(fd)
 
-    def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:
-            self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if self.fd >= 0:
+            close(self.fd)
 
 
 class LazyBytes:
@@ -288,20 +288,35 @@ class TensorHandle:
         # A scalar index gives a numpy scalar; asarray makes it an array again.
         return np.asarray(part, dtype=self.dtype)
 
-    def chunks(self, limit: int = _CHUNK) -> Iterator[np.ndarray]:
+    @property
+    def splittable(self) -> bool:
+        """Whether ``chunks`` can begin and end anywhere."""
+        plain = self.contiguous or (self.refused and self.strides is None)
+        return bool(plain) and isinstance(self.source, FileBytes)
+
+    def chunks(
+        self, limit: int = _CHUNK, start: int = 0, stop: int | None = None
+    ) -> Iterator[np.ndarray]:
         """Yield the elements as flat arrays of at most ``limit`` bytes, in row-major order.
 
         The memory of a chunk is used again for the next one. Tensors that do not lie in the file as
-        they are go along their first axis, whatever size that gives.
+        they are go along their first axis, whatever size that gives. Refused types give raw bytes.
+
+        Args:
+            limit: bytes of a chunk.
+            start: first byte, of a whole element; only for ``splittable`` tensors.
+            stop: where to end, in the same way.
         """
-        if self.refused or not self.contiguous or not isinstance(self.source, FileBytes):
+        source = self.source
+        if not self.splittable or not isinstance(source, FileBytes):
             yield from self._row_chunks(limit)
             return
         step = max(limit // self.dtype.itemsize, 1) * self.dtype.itemsize
-        scratch = np.empty(min(step, self.nbytes), np.uint8)
-        for start in range(0, self.nbytes, step):
-            piece = scratch[: min(step, self.nbytes - start)]
-            self.source.read_into(self.offset + start, [piece])
+        end = self.nbytes if stop is None else stop
+        scratch = np.empty(min(step, max(end - start, 0)), np.uint8)
+        for position in range(start, end, step):
+            piece = scratch[: min(step, end - position)]
+            source.read_into(self.offset + position, [piece])
             yield piece.view(self.dtype)
 
     def _row_chunks(self, limit: int) -> Iterator[np.ndarray]:
@@ -403,7 +418,7 @@ class TensorFile(Mapping[str, TensorHandle]):
         for name, recorded in self.checksums.items():
             handle, found = self[name], 0
             for chunk in handle.chunks():
-                found = zlib.crc32(chunk.view(np.uint8), found)
+                found = zlib.crc32(chunk.view(np.uint8).data, found)
             if found != recorded:
                 damaged.append(name)
         if damaged:

@@ -96,6 +96,7 @@ def storage_element(ref: Any) -> Element | None:
 
 
 def is_parameter(ref: Ref) -> bool:
+    """Whether a class only wraps a tensor: Parameter, Buffer, and Variable of old."""
     return (ref.module, ref.name) in _PARAMETERS
 
 
@@ -313,7 +314,7 @@ def _table() -> dict[tuple[str, str], Callable[[Machine, tuple[Any, ...]], Answe
         "_rebuild_xla_tensor": _first,
     }
     found = {("torch._utils", name): function for name, function in torch_utils.items()}
-    found |= {name: _first for name in _PARAMETERS}
+    found |= dict.fromkeys(_PARAMETERS, _first)
     found |= {
         ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
         ("torch", "Size"): _sequence(tuple, keys=False),

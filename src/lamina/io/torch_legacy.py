@@ -53,7 +53,7 @@ def open_torch_legacy(path: str | os.PathLike[str]) -> TensorFile:
 
 def _read(source: FileBytes) -> TensorFile:
     where = source.path
-    data = memoryview(source.buffer())
+    data = source.buffer().data
     table = StorageTable(where)
 
     def load(what: str, start: int, persistent: Any = None) -> tuple[Any, int]:
@@ -78,6 +78,7 @@ def _read(source: FileBytes) -> TensorFile:
         named.tensors,
         ties=named.ties,
         tree=named.tree,
+        nested=True,
         sources=[source],
     )
 

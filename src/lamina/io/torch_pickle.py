@@ -1,10 +1,10 @@
 """A pickle machine that executes nothing.
 
 It runs the opcodes that PyTorch writes (protocols 2 to 5) over inert values: a global is a
-:class:`Ref`, which is two strings and is never imported, and calling one asks a function of lamina's
-own; when that has no answer the result is an :class:`Opaque` record of the call. Time and memory
-are bounded by the size of the data: every length is checked before it is used, opcodes and copies
-are counted, and only plain small values may become keys.
+:class:`Ref`, which is two strings and is never imported, and calling one asks a function of
+lamina's own; when that has no answer the result is an :class:`Opaque` record of the call. Time and
+memory are bounded by the size of the data: every length is checked before it is used, opcodes and
+copies are counted, and only plain small values may become keys.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Machine:
             raise self.error(f"combines values that do not fit ({type(error).__name__})") from None
 
     def error(self, reason: str) -> FileError:
-        return FileError(f"{self.where}: the pickle {reason} (near byte {self.at}).")
+        return FileError(f"{self.where}: the pickle {reason} (near byte {self.at})")
 
     def charge(self, cost: int) -> None:
         """Take ``cost`` operations from the budget, before work of that size is done."""

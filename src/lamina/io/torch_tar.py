@@ -57,7 +57,7 @@ class _TarReader:
     def __init__(self, source: FileBytes) -> None:
         self.source = source
         self.where = source.path
-        self.data = memoryview(source.buffer())
+        self.data = source.buffer().data
         self.objects: dict[str, Any] = {}
 
     def open(self) -> TensorFile:
@@ -81,6 +81,7 @@ class _TarReader:
             named.tensors,
             ties=named.ties,
             tree=named.tree,
+            nested=True,
             sources=[self.source],
         )
 
@@ -207,5 +208,7 @@ class _TarReader:
     def _find(self, key: Any, kinds: Any) -> Any:
         value = self.objects.get(self._key(key))
         if not isinstance(value, kinds):
-            raise FileError(f"{self.where}: {printable(self._key(key))} is used and not in the file")
+            raise FileError(
+                f"{self.where}: {printable(self._key(key))} is used and not in the file"
+            )
         return value

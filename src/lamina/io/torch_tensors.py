@@ -56,16 +56,18 @@ def _elements() -> dict[str, Element]:
 
 
 ELEMENTS = _elements()
+# fmt: off
 STORAGES = {
     f"{word}Storage": ELEMENTS[name]
     for word, name in {
-        **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16"},
-        **{"Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8"},
-        **{"Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128"},
-        **{"ComplexHalf": "complex32", "QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32"},
-        **{"QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4"},
+        "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16",
+        "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
+        "Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+        "ComplexHalf": "complex32", "QInt8": "qint8", "QUInt8": "quint8", "QInt32": "qint32",
+        "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4",
     }.items()
 }
+# fmt: on
 UNTYPED = Element("uint8", np.dtype(np.uint8))
 STORAGES["UntypedStorage"] = UNTYPED
 
@@ -76,7 +78,7 @@ class Storage:
     Its place is known at once in a zip file, and only after the pickle in the older formats.
     """
 
-    __slots__ = ("big_endian", "crc", "element", "key", "nbytes", "offset", "source")
+    __slots__ = ("big_endian", "element", "key", "nbytes", "offset", "source")
 
     def __init__(self, key: str, element: Element, nbytes: int) -> None:
         self.key = key
@@ -84,7 +86,6 @@ class Storage:
         self.nbytes = nbytes
         self.source: FileBytes | LazyBytes | None = None
         self.offset = 0
-        self.crc = 0
         self.big_endian = False
 
     def place(self, source: FileBytes | LazyBytes, offset: int) -> None:
@@ -131,14 +132,6 @@ class TensorRecord:
         return (*place, self.element.name, self.conj, self.neg, self.refused)
 
     @property
-    def whole(self) -> bool:
-        """Whether the tensor is its whole storage, byte for byte; only for checked geometry."""
-        if self.offset or self.conj or self.neg or self.refused or self.storage.big_endian:
-            return False
-        nbytes = math.prod(self.size) * self.element.dtype.itemsize
-        return nbytes == self.storage.nbytes and self.row_major
-
-    @property
     def row_major(self) -> bool:
         step = 1
         for n, stride in zip(reversed(self.size), reversed(self.stride), strict=True):
@@ -156,14 +149,16 @@ class TensorRecord:
         source = self.storage.source
         what = f"{where}: tensor {printable(name)!r}"
         if source is None:
-            raise FileError(f"{what} needs {self.storage!r}, which is not in the file.")
+            raise FileError(f"{what} needs {self.storage!r}, which is not in the file")
         item = self.element.dtype.itemsize
         available = self.storage.nbytes
         check_geometry(what, self.offset, self.size, self.stride, item, available)
         shape = tuple(self.size)
         begin = self.storage.offset + (self.offset * item if 0 not in shape else 0)
         # The stride of an axis of one element is never used, and may not even fit into 64 bits.
-        steps = tuple(step * item if n > 1 else 0 for n, step in zip(shape, self.stride, strict=True))
+        steps = tuple(
+            step * item if n > 1 else 0 for n, step in zip(shape, self.stride, strict=True)
+        )
         stored, finish = self._transforms(what)
         return TensorHandle(
             name,
@@ -184,7 +179,7 @@ class TensorRecord:
         """The dtype in the file where the byte order differs, and what is done after reading."""
         dtype = self.element.dtype
         if self.neg and dtype.kind not in "fci":
-            raise FileError(f"{what} is marked as negated, but its type is {dtype.name}.")
+            raise FileError(f"{what} is marked as negated, but its type is {dtype.name}")
         conj = self.conj and dtype.kind == "c"
         if not self.storage.big_endian or dtype.itemsize == 1 or self.refused:
             return None, _finisher(None, conj, self.neg)
@@ -202,23 +197,23 @@ def check_geometry(
         FileError: beginning with ``what``.
     """
     if type(size) not in (tuple, list) or type(stride) not in (tuple, list):
-        raise FileError(f"{what} has a size or stride that is not a tuple.")
+        raise FileError(f"{what} has a size or stride that is not a tuple")
     if len(size) != len(stride) or len(size) > MAX_RANK:
-        raise FileError(f"{what} has {len(size)} sizes and {len(stride)} strides, at most 64.")
+        raise FileError(f"{what} has {len(size)} sizes and {len(stride)} strides, at most 64")
     for number in (offset, *size, *stride):
         if type(number) is not int or not 0 <= number < MAX_SIZE:
-            raise FileError(f"{what} has an offset, size or stride that is not a size.")
+            raise FileError(f"{what} has an offset, size or stride that is not a size")
     if math.prod(n for n in size if n) * itemsize >= MAX_SIZE:
-        raise FileError(f"{what} is larger than any memory.")
+        raise FileError(f"{what} is larger than any memory")
     if 0 in size:
         return
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if (last + 1) * itemsize > available:
         needed = (last + 1) * itemsize
-        raise FileError(f"{what} needs {needed} bytes of a storage that has {available}.")
+        raise FileError(f"{what} needs {needed} bytes of a storage that has {available}")
     logical = math.prod(size) * itemsize
     if logical > max(FREE_BYTES, MAX_EXPANSION * available):
-        raise FileError(f"{what} would expand {available} bytes to {logical}.")
+        raise FileError(f"{what} would expand {available} bytes to {logical}")
 
 
 @functools.cache

@@ -46,7 +46,6 @@ class NamedTensors:
         tree: the nested object, with handles as leaves and inert values elsewhere.
         tensors: every name and its handle; tied names have one handle.
         ties: ``{alias: first name}``.
-        checksums: ``{name: crc32}`` of tensors that are a whole storage with a checksum.
 
     Raises:
         FileError: if a tensor does not fit its storage, or the object contains itself or is too
@@ -58,7 +57,6 @@ class NamedTensors:
         self.where = source.path
         self.tensors: dict[str, TensorHandle] = {}
         self.ties: dict[str, str] = {}
-        self.checksums: dict[str, int] = {}
         self._first: dict[Any, str] = {}
         self._counts: dict[str, int] = {}
         self._found = 0
@@ -141,10 +139,7 @@ class NamedTensors:
     def _module(
         self, attributes: dict[Any, Any], path: Path, inner: Path, found: dict[str, Any], depth: int
     ) -> None:
-        parameters, buffers, modules = (
-            part if type(part := attributes.get(name)) in (dict, StateDict) else {}
-            for name in _MODULE_DICTS
-        )
+        parameters, buffers, modules = (_dict(attributes.get(name)) for name in _MODULE_DICTS)
         self._enter(attributes, len(parameters) + len(buffers) + len(modules), depth)
         hidden = attributes.get("_non_persistent_buffers_set")
         hidden = hidden if type(hidden) in (set, frozenset) else ()
@@ -199,8 +194,6 @@ class NamedTensors:
             self._bytes -= handle.nbytes
             if self._bytes < 0:
                 raise self._error("has tensors that expand to far more than the file")
-            if record.storage.crc and record.whole:
-                self.checksums[name] = record.storage.crc
         self._found += 1
         self.tensors[name] = handle
         return handle
@@ -275,6 +268,10 @@ def _row_major(shape: Any, what: str) -> tuple[int, ...]:
     return tuple(steps)
 
 
+def _dict(value: Any) -> dict[Any, Any]:
+    return value if type(value) in (dict, StateDict) else {}
+
+
 def _key(key: Any, position: int) -> Any:
     """A key as a part of a name; objects count by their position."""
     return key if isinstance(key, (str, int, float, bool, type(None))) else position
@@ -282,7 +279,7 @@ def _key(key: Any, position: int) -> Any:
 
 def _join(path: Path) -> str:
     parts: list[str] = []
-    while path:
+    while path is not None:
         path, part = path
         parts.append(part if type(part) is str else str(part)[:MAX_NAME])
     return ".".join(reversed(parts))

@@ -93,7 +93,6 @@ class _Pickler:
         self.storages: list[np.ndarray] = []
         self._memo: dict[Any, int] = {}
         self._keys: dict[Any, tuple[int, np.ndarray]] = {}
-        self._named: dict[str, tuple[int, np.ndarray]] = {}
         self._keep: list[Any] = []
         self._aliases: dict[str, list[str]] = {}
         self._late: dict[str, Any] = {}

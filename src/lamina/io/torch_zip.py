@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
-
 from lamina._core.errors import FileError
 from lamina.io.tensorfile import FileBytes, LazyBytes, TensorFile
 from lamina.io.torch_globals import call_global
@@ -54,32 +52,44 @@ def open_torch_zip(path: str | os.PathLike[str], *, verify: bool = False) -> Ten
     """
     source = FileBytes(path)
     try:
-        return _ZipReader(source, verify).open()
+        file = _ZipReader(source).open()
+        if verify:
+            file.verify()
+        return file
     except BaseException:
         source.close()
         raise
 
 
+class _ZipFile(TensorFile):
+    """A file of PyTorch, whose checksums are those of the zip records."""
+
+    records: dict[str, Record]
+    bytes: FileBytes
+
+    def verify(self) -> int:
+        data = self.bytes.buffer().data
+        recorded = [record for record in self.records.values() if record.crc]
+        for record in recorded:
+            check_crc(data, record, self.path)
+        return len(recorded)
+
+
 class _ZipReader:
-    def __init__(self, source: FileBytes, verify: bool) -> None:
+    def __init__(self, source: FileBytes) -> None:
         self.source = source
         self.where = source.path
-        self.data = memoryview(source.buffer())
+        self.data = source.buffer().data
         self.records = read_directory(self.data, self.where)
-        self.verify = verify
         self.table = StorageTable(self.where, self._place)
 
-    def open(self) -> TensorFile:
+    def open(self) -> _ZipFile:
         self.root = self._root()
         self.big_endian = self._big_endian()
         record = self.records[self.root + _PICKLE]
         if record.size > MAX_PICKLE_BYTES:
             raise FileError(f"{self.where}: data.pkl has {record.size} bytes, far too many")
-        if self.verify:
-            for each in self.records.values():
-                check_crc(self.data, each, self.where)
-        else:
-            check_crc(self.data, record, self.where)
+        check_crc(self.data, record, self.where)
         content = record_bytes(self.data, record, self.where)
         what = f"{self.where}: data.pkl"
         value, end = load_pickle(content, what, call_global, self.table.persistent)
@@ -87,26 +97,32 @@ class _ZipReader:
             raise FileError(f"{what}: more data follows the pickle")
         named = NamedTensors(value, self.source, record.size)
         sources = [self.source, *(s.source for s in self.table.storages.values())]
-        return TensorFile(
+        file = _ZipFile(
             self.where,
             "torch-zip",
             named.tensors,
             ties=named.ties,
             tree=named.tree,
+            nested=True,
             sources=[s for s in dict.fromkeys(sources) if s is not None],
-            checksums=named.checksums,
         )
+        file.records, file.bytes = self.records, self.source
+        return file
 
     def _root(self) -> str:
         """The one directory that holds a pickle."""
         found = [name for name in self.records if name.endswith(_PICKLE) and name.count("/") == 1]
         if not found:
-            if any("archive_format" in name or name.endswith("model.json") for name in self.records):
+            if any(
+                "archive_format" in name or name.endswith("model.json") for name in self.records
+            ):
                 raise FileError(
                     f"{self.where}: this is a program saved by torch.export or by PyTorch 1.0, "
                     f"which is not read; save its state_dict() with torch.save"
                 )
-            raise FileError(f"{self.where}: this zip file has no data.pkl; PyTorch did not write it")
+            raise FileError(
+                f"{self.where}: this zip file has no data.pkl; PyTorch did not write it"
+            )
         if len(found) > 1:
             raise FileError(f"{self.where}: two records claim to be the object: {found[:2]}")
         return found[0][: -len(_PICKLE)]
@@ -133,12 +149,10 @@ class _ZipReader:
                 f"{self.where}: the record {printable(record.name)!r} has {record.size} bytes, "
                 f"its storage should have {storage.nbytes}"
             )
-        storage.crc = record.crc
         if record.method == DEFLATED:
             storage.place(LazyBytes(self.where, record.size, lambda: self._inflate(record)), 0)
         else:
             storage.place(self.source, record.offset)
 
     def _inflate(self, record: Record) -> memoryview:
-        inflated: np.ndarray = record_bytes(memoryview(self.source.buffer()), record, self.where)
-        return memoryview(inflated)
+        return record_bytes(self.source.buffer().data, record, self.where).data

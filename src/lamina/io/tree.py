@@ -1,8 +1,8 @@
 """Nested objects as named tensors plus a description of what is around them.
 
 ``flatten`` turns arrays in lists, tuples, dicts and modules into ``{name: array}``; a name is the
-dotted path. A plain ``{str: array}`` dict (a state dict) needs no more than that. Anything else gets
-a description in JSON, from which ``restore`` makes the same structure again, with lazy tensors as
+dotted path. A plain ``{str: array}`` dict (a state dict) needs no more than that. All else gets a
+description in JSON, from which ``restore`` makes the same structure again, with lazy tensors as
 leaves. The description is data only; nothing in it can name a class or a function.
 """
 
@@ -56,11 +56,10 @@ _VIEWS: dict[str, np.dtype] = {
     )
 }
 _NUMPY_SCALARS: dict[str, np.dtype] = {
-    name: np.dtype(name)
-    for name in (
-        "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64"
-    ).split()
-}
+    dtype.name: dtype
+    for dtype in map(np.dtype, ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8",
+                                "f2", "f4", "f8", "c8"))
+}  # fmt: skip
 
 
 class Flat(NamedTuple):
@@ -225,13 +224,18 @@ class _Builder:
     ) -> dict[str, Any]:
         nodes = {}
         for name, array in tensors.items():
-            if name not in ties:
+            if ties.get(name) in nodes:
+                nodes[name] = self._alias((*path, name), nodes[ties[name]])
+            elif name not in ties:
                 nodes[name] = {"array": self._add(array, (*path, name), wide.get(name))}
         for alias, name in ties.items():
-            stored = nodes[name]["array"]
-            self._tie((*path, alias), stored)
-            nodes[alias] = {"array": stored}
+            if alias not in nodes:
+                nodes[alias] = self._alias((*path, alias), nodes[name])
         return nodes
+
+    def _alias(self, path: tuple[str, ...], node: dict[str, str]) -> dict[str, str]:
+        self._tie(path, node["array"])
+        return node
 
     def _add(self, value: Any, path: tuple[str, ...], wide: Any = None) -> str:
         """Store an array once and return its name."""

@@ -7,6 +7,7 @@ description in its local header and in the directory. Nothing is ever extracted.
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ def read_directory(data: memoryview, where: str) -> dict[str, Record]:
         start, size, count = _find_directory(data, where)
         return _read_entries(data, where, start, size, count)
     except (struct.error, IndexError, UnicodeDecodeError):
-        raise FileError(f"{where}: the zip directory is damaged.") from None
+        raise FileError(f"{where}: the zip directory is damaged") from None
 
 
 def record_bytes(data: memoryview, record: Record, where: str) -> np.ndarray:
@@ -72,7 +73,7 @@ def record_bytes(data: memoryview, record: Record, where: str) -> np.ndarray:
         whole = _inflate(packed, record.size)
     except (zlib.error, ValueError):
         raise _bad(where, record.name, "does not inflate to the announced size") from None
-    if record.crc and zlib.crc32(whole) != record.crc:
+    if record.crc and zlib.crc32(whole.data) != record.crc:
         raise _bad(where, record.name, "does not match its checksum")
     return whole
 
@@ -80,14 +81,14 @@ def record_bytes(data: memoryview, record: Record, where: str) -> np.ndarray:
 def check_crc(data: memoryview, record: Record, where: str) -> None:
     """Compare a record with the checksum in the directory, where one was recorded."""
     content = record_bytes(data, record, where)
-    if record.crc and zlib.crc32(content) != record.crc:
+    if record.crc and zlib.crc32(content.data) != record.crc:
         raise _bad(where, record.name, "does not match its checksum")
 
 
 def _inflate(packed: memoryview, size: int) -> np.ndarray:
     whole = np.empty(size, np.uint8)
     engine = zlib.decompressobj(-zlib.MAX_WBITS)
-    done = 0
+    done = start = 0
     for start in range(0, len(packed), CHUNK):
         piece: Any = packed[start : start + CHUNK]
         while len(piece):
@@ -96,13 +97,15 @@ def _inflate(packed: memoryview, size: int) -> np.ndarray:
             whole[done : done + len(out)] = np.frombuffer(out, np.uint8)
             done += len(out)
             piece = engine.unconsumed_tail
-    if done != size or not engine.eof or engine.unused_data:
+        if engine.eof:
+            break
+    if done != size or not engine.eof or engine.unused_data or start + CHUNK < len(packed):
         raise ValueError(done)
     return whole
 
 
 def _bad(where: str, name: str, reason: str) -> FileError:
-    return FileError(f"{where}: the record {printable(name)!r} {reason}.")
+    return FileError(f"{where}: the record {printable(name)!r} {reason}")
 
 
 def _find_directory(data: memoryview, where: str) -> tuple[int, int, int]:
@@ -111,34 +114,34 @@ def _find_directory(data: memoryview, where: str) -> tuple[int, int, int]:
     tail = bytes(data[tail_start:])
     found = tail.rfind(b"PK\5\6")
     if found < 0:
-        raise FileError(f"{where}: the zip directory is missing; the file is probably cut off.")
+        raise FileError(f"{where}: the zip directory is missing; the file is probably cut off")
     at = tail_start + found
     _, disk, first_disk, here, count, size, start, comment = _END.unpack_from(data, at)
     if at + _END.size + comment != len(data):
-        raise FileError(f"{where}: data follows the zip directory, or the file is cut off.")
+        raise FileError(f"{where}: data follows the zip directory, or the file is cut off")
     end = at
     values = [disk, first_disk, here, count, size, start]
     if at >= _LOCATOR64.size and bytes(data[at - _LOCATOR64.size :][:4]) == b"PK\6\7":
         _, _, end, disks = _LOCATOR64.unpack_from(data, at - _LOCATOR64.size)
         if end > at - _LOCATOR64.size - _END64.size:
-            raise FileError(f"{where}: the zip64 directory lies outside the file.")
+            raise FileError(f"{where}: the zip64 directory lies outside the file")
         signature, rest, _, _, *wide = _END64.unpack_from(data, end)
         if signature != b"PK\6\6" or disks > 1 or end + 12 + rest != at - _LOCATOR64.size:
-            raise FileError(f"{where}: the zip64 directory is damaged.")
+            raise FileError(f"{where}: the zip64 directory is damaged")
         marks = [MARK16] * 4 + [MARK32] * 2
         for narrow, mark, full in zip(values, marks, wide, strict=True):
             if narrow not in (mark, full):
-                raise FileError(f"{where}: the zip and zip64 directories contradict each other.")
+                raise FileError(f"{where}: the zip and zip64 directories contradict each other")
         values = wide
     elif MARK16 in values[:4] or MARK32 in values[4:]:
-        raise FileError(f"{where}: a zip64 directory is announced but missing.")
+        raise FileError(f"{where}: a zip64 directory is announced but missing")
     disk, first_disk, here, count, size, start = values
     if disk or first_disk or here != count:
-        raise FileError(f"{where}: the zip file is one part of several.")
+        raise FileError(f"{where}: the zip file is one part of several")
     if count > MAX_RECORDS or count * _ENTRY.size > size:
-        raise FileError(f"{where}: the zip directory announces {count} records.")
+        raise FileError(f"{where}: the zip directory announces {count} records")
     if start + size != end:
-        raise FileError(f"{where}: the zip directory is not where it should be.")
+        raise FileError(f"{where}: the zip directory is not where it should be")
     return start, size, count
 
 
@@ -151,7 +154,9 @@ def _read_entries(
     at = 0
     for _ in range(count):
         fields = _ENTRY.unpack_from(directory, at)
-        signature, _, _, flags, method, _, _, crc, packed, full, names, extras, comment = fields[:13]
+        signature, _, _, flags, method, _, _, crc, packed, full, names, extras, comment = fields[
+            :13
+        ]
         disk, offset = fields[13], fields[16]
         at += _ENTRY.size
         raw = directory[at : at + names]
@@ -159,7 +164,7 @@ def _read_entries(
         extra = directory[at + names : at + names + extras]
         at += names + extras + comment
         if signature != b"PK\1\2" or len(raw) != names or len(extra) != extras:
-            raise FileError(f"{where}: the zip directory is damaged.")
+            raise FileError(f"{where}: the zip directory is damaged")
         if "\0" in name or not name:
             raise _bad(where, name, "has a name that not every reader reads alike")
         if name in records:
@@ -177,9 +182,9 @@ def _read_entries(
         extents.append((offset, begin + packed, name))
         records[name] = Record(name, begin, packed, full, method, crc)
     if at != size:
-        raise FileError(f"{where}: the zip directory has more in it than its records.")
+        raise FileError(f"{where}: the zip directory has more in it than its records")
     extents.sort()
-    for (_, end, name), (following, _, _) in zip(extents, extents[1:], strict=False):
+    for (_, end, name), (following, _, _) in itertools.pairwise(extents):
         if following < end:
             raise _bad(where, name, "overlaps another one")
     return records

@@ -80,7 +80,7 @@ def _write_contents(fd: int, places: list[_Place], contents: list[np.ndarray]) -
 
     def sum_views() -> None:
         for i, view in views.items():
-            sums[i] = zlib.crc32(view)
+            sums[i] = zlib.crc32(view.data)
 
     summing = threading.Thread(target=sum_views, name="lamina-crc32")
     summing.start()
@@ -96,7 +96,7 @@ def _write_contents(fd: int, places: list[_Place], contents: list[np.ndarray]) -
             if view is None:
                 write_at(fd, start, batch)
                 copy = _bytes(np.ascontiguousarray(contents[i]))
-                sums[i] = zlib.crc32(copy)
+                sums[i] = zlib.crc32(copy.data)
                 write_at(fd, at, [copy])
                 start, batch = at + place.size, []
         write_at(fd, start, batch)

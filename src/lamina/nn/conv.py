@@ -58,9 +58,13 @@ class _Conv(Module):
         )
         if isinstance(padding, str):
             if padding not in ("same", "valid"):
-                raise ValueError(f"{name}: padding expected 'same', 'valid' or ints, got {padding!r}")
+                raise ValueError(
+                    f"{name}: padding expected 'same', 'valid' or ints, got {padding!r}"
+                )
             if padding == "same" and any(step != 1 for step in self.stride):
-                raise ValueError(f"{name}: padding='same' is not supported for strided convolutions")
+                raise ValueError(
+                    f"{name}: padding='same' is not supported for strided convolutions"
+                )
         self.dilation = spatial_tuple(dilation, ndim, name, "dilation")
         self.groups = groups
         self.padding_mode = padding_mode
@@ -121,7 +125,7 @@ class _Conv(Module):
             return input, self.padding
         x = array(input)
         if self.padding == "valid":
-            sides = [(0, 0)] * self._ndim
+            sides: Any = [(0, 0)] * self._ndim
         elif self.padding == "same":
             totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
             sides = [(total // 2, total - total // 2) for total in totals]
@@ -166,9 +170,7 @@ class Conv2d(_Conv):
     def forward(self, input: Any) -> Any:
         """Convolve ``input``."""
         x, padding = self._padded(input)
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
 class LazyConv2d(Conv2d):

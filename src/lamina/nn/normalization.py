@@ -105,7 +105,11 @@ class _BatchNorm(Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         name = prefix + "num_batches_tracked"
-        if self.track_running_stats and name not in state_dict and prefix + "running_mean" in state_dict:
+        if (
+            self.track_running_stats
+            and name not in state_dict
+            and prefix + "running_mean" in state_dict
+        ):
             state_dict[name] = np.zeros((), np.int64)  # files from before PyTorch 0.4.1
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -281,8 +285,12 @@ class LayerNorm(Module):
 
     def extra_repr(self) -> str:
         """Return the options."""
-        text = f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
-        return text if self.bias is not None or not self.elementwise_affine else text + ", bias=False"
+        text = (
+            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        )
+        return (
+            text if self.bias is not None or not self.elementwise_affine else text + ", bias=False"
+        )
 
     def forward(self, input: Any) -> Any:
         """Normalise ``input``."""

@@ -87,7 +87,9 @@ class Embedding(Module):
         else:
             self.weight = Parameter(_weight, requires_grad=not _freeze)
             if self.weight.shape != shape:
-                raise ValueError(f"Embedding: _weight has shape {self.weight.shape}, expected {shape}")
+                raise ValueError(
+                    f"Embedding: _weight has shape {self.weight.shape}, expected {shape}"
+                )
 
     @classmethod
     def from_pretrained(

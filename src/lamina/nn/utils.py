@@ -43,7 +43,9 @@ def get_total_norm(
     arrays = [tensors] if hasattr(tensors, "shape") else list(tensors)
     if not arrays:
         return jnp.zeros(())
-    flat = [jnp.ravel(array(a)).astype(jnp.promote_types(array(a).dtype, jnp.float32)) for a in arrays]
+    flat = [
+        jnp.ravel(array(a)).astype(jnp.promote_types(array(a).dtype, jnp.float32)) for a in arrays
+    ]
     norm = jnp.linalg.norm(jnp.stack([jnp.linalg.norm(a, norm_type) for a in flat]), norm_type)
     if error_if_nonfinite and not bool(jnp.isfinite(norm)):
         raise RuntimeError(
@@ -92,9 +94,7 @@ def clip_grad_norm_(
     return norm
 
 
-def clip_grad_value_(
-    parameters: Gradients, clip_value: float, foreach: bool | None = None
-) -> None:
+def clip_grad_value_(parameters: Gradients, clip_value: float, foreach: bool | None = None) -> None:
     """Limit every element of the gradients, in place, to ``[-clip_value, clip_value]``.
 
     Args:

@@ -1,8 +1,8 @@
 """Counting floating-point operations with XLA's own cost analysis.
 
 Each distinct module (by structure and shapes) is lowered once, alone, with inputs of the program
-standing in for what its children return; their operations are then added. So a model of 126 equal blocks costs
-one lowering per kind of layer, and its total is still what XLA counts for the model as a whole.
+standing in for what its children return; their operations are then added. So a model of 126 equal
+blocks costs one lowering per kind of layer, and its total is still what XLA counts for the whole.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def count_flops(calls: list[Call]) -> dict[Call, float | None]:
     """Return the operations of each call, those of its children included.
 
     Counted is what XLA counts in the forward pass as written, before it optimises: a multiplication
-    and an addition are two; each element of an elementwise operation is one; transcendental functions
+    and an addition are two; an element of an elementwise operation is one; transcendental functions
     and the movement of data are none; the body of a loop counts once. ``None`` means that the call
     could not be lowered on its own.
     """

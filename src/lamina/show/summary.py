@@ -259,25 +259,20 @@ def _at_least(text: str, known: int, unknown: int) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Write a number of bytes: ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{_three_digits(count)} {unit}"
+    """Write a number of bytes: ``1.50 KiB``."""
+    return f"{count} B" if count < 1024 else _scaled(count, 1024, ("KiB", "MiB", "GiB", "TiB"))
 
 
 def format_count(count: float) -> str:
     """Write a large number with a prefix: ``1.23 M``; ends with a space where there is none."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        prefix = "E"
-    return f"{count:.0f} " if not prefix else f"{_three_digits(count)} {prefix}"
+    return f"{count:.0f} " if count < 1000 else _scaled(count, 1000, ("k", "M", "G", "T", "P", "E"))
+
+
+def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:
+    power = 1
+    while power < len(units) and count >= base ** (power + 1):
+        power += 1
+    return f"{_three_digits(count / base**power)} {units[power - 1]}"
 
 
 def _three_digits(number: float) -> str:
