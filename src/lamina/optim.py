@@ -115,8 +115,9 @@ class Optimizer:
             for path, leaf in leaves:
                 name = _join(path)
                 box = old.get(name)
-                if box is None or box.shape != leaf.shape or box.dtype != leaf.dtype:
+                if box is None or box.shape != leaf.shape:
                     box = _StateBox(self._reference, leaf.shape, leaf.dtype)
+                box._cast(leaf.dtype)
                 self._boxes[name] = box
             self._owners = [_owner(path, names) for path, _ in leaves]
             VERSION.static += 1

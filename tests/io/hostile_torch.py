@@ -104,7 +104,14 @@ def zip_file(records, before=b"", between=b"", after=b"", **lies):
         method, flags = lie.get("method", 0), lie.get("flags", 0)
         packed = lie.get("packed", len(record.packed))
         size = lie.get("size", len(record.content))
-        numbers = (lie.get("local_method", method), 0, 0, crc, lie.get("local_packed", packed), size)
+        numbers = (
+            lie.get("local_method", method),
+            0,
+            0,
+            crc,
+            lie.get("local_packed", packed),
+            size,
+        )
         if "offset" not in lie:
             out += struct.pack("<4s5H3L2H", b"PK\3\4", 20, flags, *numbers, len(name), 0) + name
             out += record.packed
@@ -152,7 +159,9 @@ for target, argument in RUN:
     row(f"call {target}", torch_zip(call(target, argument)), None)
 row("stack global", torch_zip(b"\x8c\x02os\x8c\x06system\x93" + group(text("x")) + b"R"), None)
 row("new object", torch_zip(glob("os:system") + group(text("x")) + b"\x81"), None)
-row("call the result of a call", torch_zip(call("builtins:getattr") + group(text("x")) + b"R"), None)
+row(
+    "call the result of a call", torch_zip(call("builtins:getattr") + group(text("x")) + b"R"), None
+)
 row(
     "subclass made by a foreign function",
     torch_zip(call("torch._tensor:_rebuild_from_type_v2", glob("os:system"), glob("a:b"),
@@ -167,7 +176,11 @@ row(
     ),
     None,
 )  # fmt: skip
-row("state for an unknown object", torch_zip(call("os:environ") + named("PATH", text("x")) + b"b"), None)
+row(
+    "state for an unknown object",
+    torch_zip(call("os:environ") + named("PATH", text("x")) + b"b"),
+    None,
+)
 row("memo index of 2**31", torch_zip(b"K\1r\xff\xff\xff\x7fj\xff\xff\xff\x7f\x86"), None)
 row("text with half a character", torch_zip(text(b"\xed\xa0\x80")), "not UTF-8")
 row("name with terminal codes", torch_zip(named("\x1b[2J", GOOD)), None)
@@ -179,9 +192,9 @@ row("encode as rot13", torch_zip(call("_codecs:encode", text("x"), text("rot13")
 
 # Pickles that ask for time or memory.
 
-NEST = b"K\1" + b"\x85q\0h\0h\0\x86" * 60
-row("key that is a nested tuple", torch_zip(b"}" + b"K\1" + b"q\0h\0\x86" * 60 + b"K\1s"), "tuple")
-row("set item that is nested", torch_zip(b"\x8f(" + b"K\1" + b"q\0h\0\x86" * 60 + b"\x90"), "tuple")
+NEST = b"K\1" + b"q\0h\0\x86" * 60
+row("key that is a nested tuple", torch_zip(b"}" + NEST + b"K\1s"), "tuple")
+row("set item that is nested", torch_zip(b"\x8f(" + NEST + b"\x90"), "tuple")
 row("set of sets", torch_zip(b"((K\1\x91\x91"), "key of type frozenset")
 row("key that is a list", torch_zip(b"}]K\1s"), "key of type list")
 many = b"".join(integer(i * ((1 << 61) - 1)) + b"N" for i in range(1, 20_000))
@@ -193,12 +206,20 @@ row("long integer", torch_zip(b"\x8b" + struct.pack("<I", 4096) + b"\1" * 4096),
 row("negative long", torch_zip(b"\x8b\xff\xff\xff\xff"), "integer of 4294967295")
 row("text of 4 GiB announced", torch_zip(b"X\xff\xff\xff\xffabc"), "cut off")
 row("bytes of 2**62 announced", torch_zip(b"\x8e" + struct.pack("<Q", 1 << 62)), "cut off")
-row("frame of 2**62 announced", torch_zip(b"\x95" + struct.pack("<Q", 1 << 62), proto=b"\x80\4"), "cut off")
+row(
+    "frame of 2**62 announced",
+    torch_zip(b"\x95" + struct.pack("<Q", 1 << 62), proto=b"\x80\4"),
+    "cut off",
+)
 row("list in itself", torch_zip(b"]q\0h\0a"), "contains itself")
 row("dict in itself", torch_zip(b"}q\0K\1h\0s"), "contains itself")
 module = glob("torch.nn:Module") + b")\x81q\0" + named("_modules", named("m", b"h\0")) + b"b"
 row("module in itself", torch_zip(module), "contains itself")
-row("object in its own attributes", torch_zip(glob("a:B") + b")\x81q\0" + named("me", b"h\0") + b"b"), None)
+row(
+    "object in its own attributes",
+    torch_zip(glob("a:B") + b")\x81q\0" + named("me", b"h\0") + b"b"),
+    None,
+)
 row("lists 100 000 deep", torch_zip(b"]" * 100_000 + b"a" * 99_999), "200 deep")
 row("tuples 100 000 deep", torch_zip(b")" + b"\x85" * 100_000), "200 deep")
 row("modules 1 000 deep", torch_zip(
@@ -209,8 +230,7 @@ row("objects 100 000 deep", torch_zip(glob("a:B") + b"q\0)\x81" + b"h\0)\x81" * 
 laughs = b"]q\0(NNNNNNNNNNe" + b"".join(
     b"]q" + bytes([i + 1]) + b"(" + (b"h" + bytes([i])) * 10 + b"e" for i in range(30)
 )
-row("lists that repeat each other", torch_zip(laughs + b"\x85" * 0 + b"1" * 0 + b"0" * 0 + b"t" * 0
-    if False else b"(" + laughs + b"t"), "repeats its parts")  # fmt: skip
+row("lists that repeat each other", torch_zip(b"(" + laughs + b"t"), "repeats its parts")
 shared = GOOD + b"q\0" + b"0]q\1(" + b"h\0" * 1000 + b"e0](" + b"h\1" * 1000 + b"e"
 row("one tensor a million times", torch_zip(shared), "repeats its parts")
 big = b"X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20)
@@ -218,21 +238,26 @@ encode = b"q\0" + b"".join((glob("_codecs:encode"), b"q\1", text("latin1"), b"q\
 copies = big + encode + b"(" + b"h\1h\0h\2\x86R" * 2000 + b"t"
 row("text encoded again and again", torch_zip(copies), "more work")
 items = b"](" + b"N" * 100_000 + b"eq\0" + glob("builtins:list") + b"q\1"
-row("list copied again and again", torch_zip(items + b"(" + b"h\1h\0\x85R" * 1000 + b"t"), "more work")
+row(
+    "list copied again and again",
+    torch_zip(items + b"(" + b"h\1h\0\x85R" * 1000 + b"t"),
+    "more work",
+)
 row("six million operations", torch_zip(b"(" + b"N0" * 3_100_000 + b"t"), "more operations")
 row("many empty sets", torch_zip(b"(" + b"\x8f" * 2_000_000 + b"t"), "more work")
 key = b"X" + struct.pack("<I", 5000) + b"k" * 5000
 row("name of a tensor too long", torch_zip(b"}" + key + GOOD + b"s"), "too long a name")
 row("pickle of 65 MiB", zip_file([Record("a/data.pkl", bytes(65 << 20), method=8)]), "far too many")
-dense = GOOD + b"q\0" + b"0](" + b"h\0" * 3 + b"e"
-row("tensor thrice", torch_zip(dense), None)
+row("one tensor thrice", torch_zip(GOOD + b"q\0" + b"0](" + b"h\0" * 3 + b"e"), None)
 
 # Opcodes that PyTorch never writes, and pickles that do not add up.
 
-for code in b"iol\x82\x83\x84P\x97\x98IJLFSVgp2d":
-    if code in b"J":
-        continue
-    row(f"opcode {code:#x}", torch_zip(b"(" + bytes([code]) + b"os\nsystem\n"), "not there|do not fit")
+for code in b"iol\x82\x83\x84P\x97\x98ILFSVgp2d":
+    row(
+        f"opcode {code:#x}",
+        torch_zip(b"(" + bytes([code]) + b"os\nsystem\n"),
+        "not there|do not fit",
+    )
 row("protocol 0", torch_zip(b"N", proto=b"\x80\0"), "protocol 0")
 row("protocol 6", torch_zip(b"N", proto=b"\x80\6"), "protocol 6")
 row("empty stack", torch_zip(b""), "exactly one")
@@ -259,7 +284,9 @@ row("size that is true", torch_zip(tensor((b"\x88",), (1,))), "not a size")
 row("size that is a float", torch_zip(tensor((b"G" + bytes(8),), (1,))), "not a size")
 row("size that is no tuple", torch_zip(call("torch._utils:_rebuild_tensor_v2", storage(4), integer(0),
     integer(2), integer(1), b"\x89", HOOKS)), "not a tuple")  # fmt: skip
-row("one element too many", torch_zip(tensor((5,), (1,))), "needs 20 bytes of a storage that has 16")
+row(
+    "one element too many", torch_zip(tensor((5,), (1,))), "needs 20 bytes of a storage that has 16"
+)
 row("offset too far", torch_zip(tensor((4,), (1,), offset=1)), "needs 20 bytes")
 row("stride too far", torch_zip(tensor((2, 2), (3, 1))), "needs 20 bytes")
 row("sizes that overflow", torch_zip(tensor((1 << 32, 1 << 32), (1 << 32, 1))), "larger than")
@@ -271,8 +298,7 @@ row("other number of strides", torch_zip(tensor((2, 2), (1,))), "2 sizes and 1 s
 row("65 axes", torch_zip(tensor((1,) * 65, (1,) * 65)), "65 sizes")
 row("100 000 axes", torch_zip(tensor((1,) * 100_000, (1,) * 100_000)), "100000 sizes")
 row("expanded bomb", torch_zip(tensor((1 << 30,), (0,))), "would expand")
-many = b"".join(text(f"k{i}") + tensor((1 << 23, i + 1), (0, 0)) for i in range(1, 2))
-row("expanded, first", torch_zip(named("a", tensor((1 << 24,), (0,)))), None)
+row("expanded to 64 MiB", torch_zip(named("a", tensor((1 << 24,), (0,)))), None)
 many = b"".join(text(f"k{i}") + tensor((1 << 24, 1), (0, i)) for i in range(100))
 row("expanded many times", torch_zip(b"}(" + many + b"u"), "far more than the file")
 row("meta tensor of 65 axes", torch_zip(call("torch._utils:_rebuild_meta_tensor_no_storage",
@@ -298,11 +324,23 @@ row("negative storage", torch_zip(storage(-1)), "without a size")
 row("storage of 2**70 elements", torch_zip(storage(1 << 70)), "without a size")
 row("storage of an unknown type", torch_zip(storage(4, "os:system")), "unknown type")
 row("storage of no type", torch_zip(group(text("storage"), b"](]e", b"NNN") + b"Q"), "unknown type")
-row("storage of two types", torch_zip(b"(" + storage(4) + storage(4, "torch:IntStorage") + b"t"), "two types")
+row(
+    "storage of two types",
+    torch_zip(b"(" + storage(4) + storage(4, "torch:IntStorage") + b"t"),
+    "two types",
+)
 row("storage of two sizes", torch_zip(b"(" + storage(4) + storage(3) + b"t"), "two types or sizes")
 row("persistent id that is text", torch_zip(text("0") + b"Q"), "no storage")
-row("persistent id of a module", torch_zip(group(text("module"), glob("os:system"), b"NN") + b"Q"), None)
-row("view outside of its storage", torch_zip(storage(4, extra=group(text("v"), integer(3), integer(2)))), "outside")
+row(
+    "persistent id of a module",
+    torch_zip(group(text("module"), glob("os:system"), b"NN") + b"Q"),
+    None,
+)
+row(
+    "view outside of its storage",
+    torch_zip(storage(4, extra=group(text("v"), integer(3), integer(2)))),
+    "outside",
+)
 
 # numpy arrays and numbers in the pickle.
 
@@ -321,11 +359,27 @@ row("numpy array", torch_zip(numpy_array((2, 2), "f4", binary(DATA))), None)
 row("numpy array too long", torch_zip(numpy_array((2, 3), "f4", binary(DATA))), "needs 24 bytes")
 row("numpy array too short", torch_zip(numpy_array((1,), "f4", binary(DATA))), "16 bytes")
 row("numpy array of objects", torch_zip(numpy_array((1,), "O", b"](Ne")), None)
-row("numpy array of negative size", torch_zip(numpy_array((-2, -2), "f4", binary(DATA))), "not a tuple")
-row("numpy array of 2**80", torch_zip(numpy_array((1 << 40, 1 << 40), "f4", binary(DATA))), "larger than")
-row("numpy array of huge empty", torch_zip(numpy_array((0, 1 << 62), "f4", binary(b""))), "not a size")
+row(
+    "numpy array of negative size",
+    torch_zip(numpy_array((-2, -2), "f4", binary(DATA))),
+    "not a tuple",
+)
+row(
+    "numpy array of 2**80",
+    torch_zip(numpy_array((1 << 40, 1 << 40), "f4", binary(DATA))),
+    "larger than",
+)
+row(
+    "numpy array of huge empty",
+    torch_zip(numpy_array((0, 1 << 62), "f4", binary(b""))),
+    "not a size",
+)
 row("numpy dtype with a comma", torch_zip(numpy_array((1,), "f4,O", binary(DATA))), None)
-row("numpy number", torch_zip(call("numpy.core.multiarray:scalar", numpy_dtype("f8"), binary(bytes(8)))), None)
+row(
+    "numpy number",
+    torch_zip(call("numpy.core.multiarray:scalar", numpy_dtype("f8"), binary(bytes(8)))),
+    None,
+)
 row("numpy number too short", torch_zip(call("numpy._core.multiarray:scalar", numpy_dtype("f8"),
     binary(b"x"))), "wrong size")  # fmt: skip
 row("numpy state of an array", torch_zip(ARRAY + b")b"), "do not fit")
@@ -341,23 +395,58 @@ row("zip no pickle", zip_file([ZERO]), "no data.pkl")
 row("zip pickle further down", zip_file([Record("a/b/data.pkl", b"\x80\2N.")]), "no data.pkl")
 row("zip without records", zip_file([]), "no data.pkl")
 row("zip encrypted", zip_file([PICKLE, Record("a/data/0", DATA, flags=1)]), "encrypted")
-row("zip other name inside", zip_file([PICKLE, Record("a/data/0", DATA, local_name=b"a/data/1")]), "differently")
-row("zip other method inside", zip_file([PICKLE, Record("a/data/0", DATA, local_method=8)]), "differently")
-row("zip other size inside", zip_file([PICKLE, Record("a/data/0", DATA, local_packed=15)]), "different sizes")
-row("zip method of a pickle unknown", zip_file([Record("a/data.pkl", b"\x80\2N.", method=12)]), "method 12")
-row("zip stored in another size", zip_file([PICKLE, Record("a/data/0", DATA, size=17)]), "another size")
+row(
+    "zip other name inside",
+    zip_file([PICKLE, Record("a/data/0", DATA, local_name=b"a/data/1")]),
+    "differently",
+)
+row(
+    "zip other method inside",
+    zip_file([PICKLE, Record("a/data/0", DATA, local_method=8)]),
+    "differently",
+)
+row(
+    "zip other size inside",
+    zip_file([PICKLE, Record("a/data/0", DATA, local_packed=15)]),
+    "different sizes",
+)
+row(
+    "zip method of a pickle unknown",
+    zip_file([Record("a/data.pkl", b"\x80\2N.", method=12)]),
+    "method 12",
+)
+row(
+    "zip stored in another size",
+    zip_file([PICKLE, Record("a/data/0", DATA, size=17)]),
+    "another size",
+)
 row("zip checksum of the pickle", zip_file([Record("a/data.pkl", b"\x80\2N.", crc=1)]), "checksum")
 row("zip checksum not recorded", zip_file([Record("a/data.pkl", b"\x80\2N.", crc=0)]), None)
-row("zip overlap", zip_file([PICKLE, ZERO, Record("a/data/0", DATA, offset=0, local_name=b"x")]), "there twice|differently")
-overlapping = [PICKLE, Record("a/data/0", DATA), Record("a/data/1", DATA)]
+row(
+    "zip overlap",
+    zip_file([PICKLE, ZERO, Record("a/data/0", DATA, offset=0, local_name=b"x")]),
+    "there twice|differently",
+)
 row("zip data over the next record", zip_file([PICKLE, Record("a/data/0", DATA, packed=60, size=60), ZERO]),
     "there twice|overlaps")  # fmt: skip
 row("zip overlap of records", zip_file([PICKLE, Record("a/data/0", DATA, packed=60, size=60, local_packed=60),
     Record("a/data/1", DATA)]), "overlaps")  # fmt: skip
-row("zip data past the directory", zip_file([PICKLE, Record("a/data/0", DATA, packed=5000, size=5000)]), "longer than")
-row("zip header past the directory", zip_file([PICKLE, Record("a/data/0", DATA, offset=1 << 31)]), "outside")
+row(
+    "zip data past the directory",
+    zip_file([PICKLE, Record("a/data/0", DATA, packed=5000, size=5000)]),
+    "longer than",
+)
+row(
+    "zip header past the directory",
+    zip_file([PICKLE, Record("a/data/0", DATA, offset=1 << 31)]),
+    "outside",
+)
 row("zip header in the data", zip_file([PICKLE, Record("a/data/0", DATA, offset=3)]), "differently")
-row("zip with NUL in a name", zip_file([PICKLE, ZERO, Record("a/data/0\0", DATA)]), "not every reader")
+row(
+    "zip with NUL in a name",
+    zip_file([PICKLE, ZERO, Record("a/data/0\0", DATA)]),
+    "not every reader",
+)
 row("zip without a name", zip_file([PICKLE, ZERO, Record("", DATA)]), "not every reader")
 row("zip with something in front", torch_zip(GOOD, before=b"MZ" * 40, start=0), "directory")
 row("zip with something in front, offsets right", torch_zip(GOOD, before=b"MZ" * 40), None)
@@ -380,12 +469,24 @@ row("zip64 field of 2**63", zip_file([PICKLE, Record("a/data/0", DATA, size=0xFF
     extra=struct.pack("<2H2Q", 1, 16, 1 << 63, 1 << 63))]), "longer than the file")  # fmt: skip
 row("zip64 directory", torch_zip(GOOD, wide={}), None)
 row("zip64 directory that contradicts", torch_zip(GOOD, wide={"count": 2}), "contradict")
-row("zip64 directory of 2**60 entries", torch_zip(GOOD, wide={"count": 1 << 60}, count=0xFFFF), "announces")
+row(
+    "zip64 directory of 2**60 entries",
+    torch_zip(GOOD, wide={"count": 1 << 60}, count=0xFFFF),
+    "announces",
+)
 row("zip64 directory announced", torch_zip(GOOD, count=0xFFFF), "announced but missing")
 row("zip deflated", zip_file([Record("a/data.pkl", PICKLE.content, method=8),
     Record("a/data/0", DATA, method=8)]), None)  # fmt: skip
-row("zip inflates to less", zip_file([PICKLE, Record("a/data/0", DATA[:-1], method=8, size=16)]), "does not inflate")
-row("zip inflates to more", zip_file([PICKLE, Record("a/data/0", DATA + b"x", method=8, size=16)]), "does not inflate")
+row(
+    "zip inflates to less",
+    zip_file([PICKLE, Record("a/data/0", DATA[:-1], method=8, size=16)]),
+    "does not inflate",
+)
+row(
+    "zip inflates to more",
+    zip_file([PICKLE, Record("a/data/0", DATA + b"x", method=8, size=16)]),
+    "does not inflate",
+)
 bomb = Record("a/data/0", bytes(1 << 27), method=8)
 row("zip bomb", zip_file([Record("a/data.pkl", b"\x80\2" + tensor((1 << 25,), (1,),
     source=storage(1 << 25)) + b"."), bomb]), "would inflate")  # fmt: skip
@@ -400,7 +501,9 @@ MAGIC = 0x1950A86A20F9469CFC6C
 OLD = storage(4, extra=b"N")
 
 
-def legacy(body, keys=("0",), data=struct.pack("<q", 4) + DATA, magic=MAGIC, version=1001, facts=b"}"):
+def legacy(
+    body, keys=("0",), data=struct.pack("<q", 4) + DATA, magic=MAGIC, version=1001, facts=b"}"
+):
     head = b"\x80\2" + integer(magic) + b".\x80\2" + integer(version) + b".\x80\2" + facts + b"."
     listed = keys if isinstance(keys, bytes) else pickle.dumps(list(keys), 2)
     return head + b"\x80\2" + body + b"." + listed + data
@@ -410,7 +513,11 @@ OLD_TENSOR = tensor((2, 2), (2, 1), source=OLD)
 row("legacy", legacy(OLD_TENSOR), None)
 row("legacy another magic number", legacy(OLD_TENSOR, magic=7), "plain pickle")
 row("legacy another version", legacy(OLD_TENSOR, version=7), "version of this torch.save file is 7")
-row("legacy payload in the facts", legacy(OLD_TENSOR, facts=call("os:system", text("touch CANARY"))), None)
+row(
+    "legacy payload in the facts",
+    legacy(OLD_TENSOR, facts=call("os:system", text("touch CANARY"))),
+    None,
+)
 payload = b"\x80\2" + call("os:system", text("touch CANARY")) + b"."
 row("legacy payload in the keys", legacy(OLD_TENSOR, keys=payload), "not a list")
 row("legacy payload in the magic number", payload + legacy(OLD_TENSOR), "plain pickle")
@@ -422,12 +529,21 @@ row("legacy another size", legacy(OLD_TENSOR, data=struct.pack("<q", 3) + DATA),
 row("legacy negative size", legacy(OLD_TENSOR, data=struct.pack("<q", -4) + DATA), "-4 elements")
 row("legacy cut off", legacy(OLD_TENSOR)[:-1], "cut off")
 row("legacy cut off early", legacy(OLD_TENSOR)[:-20], "cut off")
-row("legacy view", legacy(tensor((2,), (1,), source=storage(4, extra=group(text("v"), integer(2), integer(2))))), None)
-row("legacy view outside", legacy(storage(4, extra=group(text("v"), integer(3), integer(2)))), "outside")
+row(
+    "legacy view",
+    legacy(tensor((2,), (1,), source=storage(4, extra=group(text("v"), integer(2), integer(2))))),
+    None,
+)
+row(
+    "legacy view outside",
+    legacy(storage(4, extra=group(text("v"), integer(3), integer(2)))),
+    "outside",
+)
 row("legacy view that is a list", legacy(storage(4, extra=b"]")), "is not")
 row("legacy huge storage", legacy(tensor((2,), (1,), source=storage(1 << 40, extra=b"N")),
     data=struct.pack("<q", 1 << 40)), "cut off")  # fmt: skip
-row("legacy module", legacy(group(text("module"), glob("os:system"), text("x.py"), text("x")) + b"Q)\x81"), None)
+row("legacy module", legacy(group(text("module"), glob("os:system"), text("x.py"), text("x")) + b"Q)\x81",
+    keys=(), data=b""), None)  # fmt: skip
 row("plain pickle", pickle.dumps({"a": 1}, 2), "plain pickle")
 
 
@@ -464,7 +580,9 @@ def tar_tensors(count=1, rank=2, shape=(2, 2), stride=(2, 1), offset=0, source=7
 def tar(storages=None, tensors=None, body=None, extra=b""):
     body = b"\x80\2" + (text("9") + b"Q" if body is None else body) + b"."
     parts = member("sys_info", small({"protocol_version": 1000}))
-    parts += member("pickle", body) + member("tensors", tar_tensors() if tensors is None else tensors)
+    parts += member("pickle", body) + member(
+        "tensors", tar_tensors() if tensors is None else tensors
+    )
     parts += member("storages", tar_storages() if storages is None else storages)
     return parts + extra + bytes(1024)
 
@@ -473,7 +591,11 @@ row("tar", tar(), None)
 row("tar member that climbs", tar(extra=member("../../CANARY", b"x")), None)
 row("tar member that is a link", tar(extra=member("CANARY", b"", kind=b"2")), None)
 row("tar member twice", tar(extra=member("pickle", b"x")), "twice")
-row("tar renamed by an extended header", tar(extra=member("x", b"14 path=pickle\n", kind=b"x")), "renames")
+row(
+    "tar renamed by an extended header",
+    tar(extra=member("x", b"14 path=pickle\n", kind=b"x")),
+    "renames",
+)
 row("tar wrong checksum", tar(extra=member("x", b"", checksum=1)), "damaged")
 row("tar cut off", tar()[:3000], "cut off|has no")
 row("tar member past the end", tar(extra=member("x", b"", size=1 << 30)), "cut off")

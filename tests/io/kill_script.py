@@ -11,7 +11,6 @@ import importlib.util
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,8 +25,8 @@ import lamina.io
 COUNT = 40
 
 
-def forever(directory: str, method: str) -> None:
-    """Save one generation after another over the last one."""
+def forever(directory: str, method: str, started: int) -> None:
+    """Save one generation after another over the last one; tell ``started`` after the first."""
     if method == "temporary":
         del os.O_TMPFILE
     path = os.path.join(directory, "model.safetensors")
@@ -40,15 +39,16 @@ def forever(directory: str, method: str) -> None:
         tensors = {f"w{i}": np.full(200_000, generation, "f4") for i in range(COUNT)}
         lamina.io.save({**tensors, "generation": generation}, path, **options)
         if generation == 1:
-            print("saving", flush=True)
+            os.write(started, b"x")
 
 
 def check(directory: str, method: str) -> int:
     """Return the generation that is there."""
-    loaded = lamina.io.load(directory if method == "sharded" else _path(directory), verify=True)
+    path = directory if method == "sharded" else os.path.join(directory, "model.safetensors")
+    loaded = lamina.io.load(path, verify=True, numpy=True)
     generation = loaded["generation"]
     for i in range(COUNT):
-        assert (np.asarray(loaded[f"w{i}"]) == generation).all(), f"w{i} is of another save"
+        assert (loaded[f"w{i}"] == generation).all(), f"w{i} is of another save"
     if method in ("nameless", "npz"):
         # The file has a name of its own only between two system calls.
         left = [name for name in os.listdir(directory) if name.endswith(".tmp")]
@@ -56,29 +56,24 @@ def check(directory: str, method: str) -> int:
     return generation
 
 
-def _path(directory: str) -> str:
-    return os.path.join(directory, "model.safetensors")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--method", default="nameless")
-    parser.add_argument("--forever", action="store_true")
     options = parser.parse_args()
-    if options.forever:
-        forever(options.directory, options.method)
     generations, left = [], 0
     for _ in range(options.kills):
-        command = [sys.executable, __file__, options.directory, "--forever"]
-        process = subprocess.Popen([*command, "--method", options.method], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"saving\n"
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            forever(options.directory, options.method, writer)
+        assert os.read(reader, 1) == b"x"
         time.sleep(random.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
         generations.append(check(options.directory, options.method))
         for name in os.listdir(options.directory):
             if name.endswith(".tmp"):

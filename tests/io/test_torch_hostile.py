@@ -1,5 +1,6 @@
 """The hostile files of PyTorch's formats: each ends in a clear error, or opens and does nothing."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lamina.io
 from lamina._core.errors import FileError
 
 SCRIPT = Path(__file__).with_name("hostile_torch.py")
@@ -41,7 +43,10 @@ def test_hostile_file(name, tmp_path, monkeypatch):
 def test_whole_corpus_under_watch(tmp_path):
     """Nothing is imported, run or opened, and memory stays within a limit."""
     command = [sys.executable, str(SCRIPT), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    path = {"PYTHONPATH": str(Path(lamina.io.__file__).parents[2])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert f"{len(CORPUS)} files" in done.stdout
     assert not (tmp_path / "CANARY").exists()

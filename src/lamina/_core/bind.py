@@ -354,4 +354,4 @@ function: the change would happen once, while tracing, and then be lost.
            or change it outside of the compiled function."""
 
 _STRUCTURE = """{cls}.{name} is added, replaced or removed inside a compiled function: the change \
-would happen once, while tracing, and then be lost. Change the structure of a model outside of it."""
+would happen once, while tracing, and be lost. Change the structure of a model outside of it."""

@@ -341,6 +341,9 @@ class Box:
     def _cast(self, dtype: Any) -> None:
         """Change the dtype, of the value or of the value to come."""
         dtype = np.dtype(dtype)
+        if dtype == self._dtype:
+            return
+        VERSION.static += 1
         if self._value is not None:
             value = self._read().astype(canonical(dtype))
             self._dtype = dtype

@@ -50,7 +50,7 @@ def to_jax(
     Raises:
         FileError: if the data cannot be read, or integers do not fit in 32 bits.
     """
-    narrow = {} if jax.config.jax_enable_x64 else _NARROW
+    narrow = {} if jax.dtypes.canonicalize_dtype(np.int64) == np.int64 else _NARROW
     hosts, places = _host_arrays(handles, dtype, narrow, copy, alias=True)
     narrowed = [handle for handle, host in zip(handles, places, strict=True)
                 if handle.dtype in narrow and hosts[host].dtype == narrow[handle.dtype]
@@ -106,26 +106,23 @@ def host_array(value: Any, where: str) -> tuple[np.ndarray, str]:
         ``value`` is a typed JAX key (else ``""``).
 
     Raises:
-        TypeMismatchError: if the array has no plain elements, was deleted, or is not addressable.
+        TypeMismatchError: if the array has no plain elements, is traced, was deleted, or is spread
+            over several processes.
     """
     if not isinstance(value, jax.Array | np.ndarray) and hasattr(value, "__jax_array__"):
         value = value.__jax_array__()
     prng = ""
-    if isinstance(value, jax.Array):
-        if value.is_deleted():
-            raise TypeMismatchError(
-                f"{where}: the array was deleted (donated to a compiled function); "
-                f"save the array that the function returned"
-            )
-        if not value.is_fully_addressable:
-            raise TypeMismatchError(
-                f"{where}: the array is spread over several processes; gather it first, for "
-                f"instance with jax.experimental.multihost_utils.process_allgather"
-            )
-        if not isinstance(value.dtype, np.dtype):
+    try:
+        if isinstance(value, jax.Array) and not isinstance(value.dtype, np.dtype):
             prng = str(jax.random.key_impl(value))
             value = jax.random.key_data(value)
-    host = np.asarray(value)
+        host = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:
+        raise TypeMismatchError(
+            f"{where}: cannot save a traced value; call save outside of jit and grad"
+        ) from None
+    except RuntimeError as error:
+        raise TypeMismatchError(f"{where}: {_unreadable(value)}") from error
     if host.dtype.hasobject or host.dtype.names is not None or host.dtype.kind in "OSUMm":
         raise TypeMismatchError(
             f"{where}: cannot save an array of dtype {host.dtype}; "
@@ -134,6 +131,18 @@ def host_array(value: Any, where: str) -> tuple[np.ndarray, str]:
     if not host.dtype.isnative:
         host = host.astype(host.dtype.newbyteorder("="))
     return host, prng
+
+
+def _unreadable(value: Any) -> str:
+    if isinstance(value, jax.Array) and value.is_deleted():
+        return (
+            "the array was deleted (donated to a compiled function); "
+            "save the array that the function returned"
+        )
+    return (
+        "the array cannot be read by this process; if it is spread over several, gather it first "
+        "with jax.experimental.multihost_utils.process_allgather"
+    )
 
 
 def _host_arrays(
