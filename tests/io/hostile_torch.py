@@ -499,11 +499,10 @@ row("zip program of torch.export", zip_file([Record("m/archive_format", b"pt2")]
 
 MAGIC = 0x1950A86A20F9469CFC6C
 OLD = storage(4, extra=b"N")
+LEGACY_DATA = struct.pack("<q", 4) + DATA
 
 
-def legacy(
-    body, keys=("0",), data=struct.pack("<q", 4) + DATA, magic=MAGIC, version=1001, facts=b"}"
-):
+def legacy(body, keys=("0",), data=LEGACY_DATA, magic=MAGIC, version=1001, facts=b"}"):
     head = b"\x80\2" + integer(magic) + b".\x80\2" + integer(version) + b".\x80\2" + facts + b"."
     listed = keys if isinstance(keys, bytes) else pickle.dumps(list(keys), 2)
     return head + b"\x80\2" + body + b"." + listed + data

@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 if importlib.util.find_spec("lamina") is None:
@@ -57,6 +58,8 @@ def check(directory: str, method: str) -> int:
 
 
 def main() -> None:
+    # No backend of JAX runs in this process, so the threads it warns of do not exist.
+    warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)
     parser = argparse.ArgumentParser()
     parser.add_argument("directory")
     parser.add_argument("--kills", type=int, default=100)

@@ -83,6 +83,15 @@ def test_a_failed_save_changes_nothing(tmp_path, monkeypatch):
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
 
 
+def test_shards_of_a_killed_save_go_with_the_next_one(tmp_path):
+    for name in ("model-00001-of-00009.safetensors", "model-0123abcd-00001-of-00002.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "model-other.safetensors").write_bytes(b"")
+    lamina.io.save(tensors(), tmp_path / "model.safetensors", max_shard_size=2000)
+    assert len(os.listdir(tmp_path)) == 5
+    assert "model-other.safetensors" in os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     "shard",
     ["../model.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0b", "C:x", 3, None],

@@ -16,12 +16,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import bind
-from .bind import STATE
+from .bind import STATE, VERSION
 from .parameter import Box, Buffer
 
 __all__ = ["DEFAULT", "Births", "Generator", "manual_seed", "next_key", "rng"]
 
 Seed = tuple[int, int]
+
+
+class _Words(Buffer):
+    """A box of 32-bit words whose first array is made when it is read: importing lamina and
+    seeding start no JAX backend, so that ``jax.distributed`` can be set up afterwards."""
+
+    __slots__ = ("words",)
+
+    def __init__(self, words: Any) -> None:
+        super().__init__(shape=np.shape(words), dtype=np.uint32)
+        self.words = words
+
+    def reset(self, words: Any) -> None:
+        """Begin with other words."""
+        if STATE.frames or isinstance(words, jax.Array):
+            self._write(jnp.asarray(words))
+            return
+        self.words, self._value = words, None
+        VERSION.static += 1
+
+    def _make_value(self) -> None:
+        with jax.ensure_compile_time_eval():
+            bind.settle(self, jnp.asarray(self.words))
+
+    def host_words(self) -> Any:
+        """Return what stands in the box outside of all frames, without making an array."""
+        value = bind.settled_value(self)
+        return self.words if value is None else value
 
 
 class Generator:
@@ -41,13 +69,13 @@ class Generator:
     """
 
     def __init__(self, seed: Any = 0) -> None:
-        self._seed = Buffer(_seed_words(seed))
-        self._offset = Buffer(np.uint32(0))
+        self._seed = _Words(_seed_words(seed))
+        self._offset = _Words(np.uint32(0))
 
     def manual_seed(self, seed: Any) -> Generator:
         """Start the stream anew from ``seed``, an int of up to 64 bits; returns the generator."""
-        self._seed._write(jnp.asarray(_seed_words(seed)))
-        self._offset._write(jnp.zeros((), jnp.uint32))
+        self._seed.reset(_seed_words(seed))
+        self._offset.reset(np.uint32(0))
         return self
 
     def next_key(self) -> jax.Array:
@@ -151,7 +179,7 @@ def rng(seed: Any) -> Iterator[Generator]:
     boxes = (DEFAULT._seed, DEFAULT._offset)
     words, start = jnp.asarray(_seed_words(seed)), jnp.zeros((), jnp.uint32)
     if not STATE.frames and not bind.is_tracer(words) and not bind.under_foreign_trace():
-        former = [box._value for box in boxes]
+        former = [box._read() for box in boxes]
         for box, value in zip(boxes, (words, start), strict=True):
             box._write(value)
         try:
@@ -188,7 +216,7 @@ class Births:
 
     def seed(self) -> Seed:
         """Return the seed in force as two 32-bit words."""
-        words = bind.settled_value(DEFAULT._seed)
+        words = DEFAULT._seed.host_words()
         if words is not self._words:
             low, high = (int(word) for word in np.array(words))
             if (low, high) != self._seed:

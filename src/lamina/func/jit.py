@@ -119,14 +119,22 @@ class Jitted:
         binding = self._bindings.get(place)
         if binding is not None and binding.version == VERSION.static and not STATE.frames:
             if binding.is_unchanged():
-                return binding.run(arrays)
-        return self._call(place, leaves, treedef, lambda found: found.call(arrays))
+                try:
+                    return binding.run(arrays)
+                except Retry:
+                    learnt = binding.learnt
+                    return self._call(place, leaves, treedef, _caller(arrays), learnt)
+        return self._call(place, leaves, treedef, _caller(arrays), _Learnt())
 
     def _call(
-        self, place: Any, leaves: list[Any], treedef: Any, use: Callable[[_Binding], Any]
+        self,
+        place: Any,
+        leaves: list[Any],
+        treedef: Any,
+        use: Callable[[_Binding], Any],
+        learnt: _Learnt,
     ) -> Any:
         """Run ``use`` on a binding, tracing again while the trace knows too little."""
-        learnt: _Learnt = _Learnt()
         for _ in range(_MOST_TRACES):
             binding = self._bind(place, leaves, treedef, learnt)
             try:
@@ -184,7 +192,7 @@ class Jitted:
         args, kwargs = self._mark_static(args, kwargs)
         leaves, treedef = jax.tree.flatten((args, kwargs))
         arrays = [leaf for leaf in leaves if _classify(leaf) == _ARRAY]
-        return self._call(None, leaves, treedef, lambda found: found.lower(arrays))
+        return self._call(None, leaves, treedef, lambda found: found.lower(arrays), _Learnt())
 
     def _name(self) -> str:
         return getattr(self, "__name__", None) or type(self._module or self._fn).__name__
@@ -414,8 +422,7 @@ class _Binding:
         with LOCK:
             program.current = self
             donated = [box._value for box in self.donated]
-            if self.seen_exposed != VERSION.exposed:
-                self._protect(donated)
+            copied = self._protect(donated) if self.seen_exposed != VERSION.exposed else ()
             results: list[Any] = []
             try:
                 # Called through map, so that an interrupt that arrives during the call can't come
@@ -437,15 +444,20 @@ class _Binding:
                 if results:
                     for box, value in zip(self.donated, results[0][0], strict=True):
                         box._value = value
+                    for box in copied:
+                        box._exposed = None  # not to keep the user's array alive
         return self.open(results[0][1])
 
-    def _protect(self, donated: list[Any]) -> None:
+    def _protect(self, donated: list[Any]) -> list[Box]:
         """Replace values that the user holds by copies: donation must not delete those."""
+        copied = []
         for index, box in enumerate(self.donated):
             value = donated[index]
             if value is not None and box._exposed is value:
                 donated[index] = jnp.copy(value)
+                copied.append(box)
         self.seen_exposed = VERSION.exposed
+        return copied
 
     def call(self, arrays: list[Any]) -> Any:
         """Call with all checks: the first time, or inside another transform."""
@@ -461,8 +473,10 @@ class _Binding:
         kept = [_inner_value(box) for box in self.kept]
         with LOCK:
             program.current = self
-            written, result = program.nested(donated, kept, arrays)
-            program.current = None
+            try:
+                written, result = program.nested(donated, kept, arrays)
+            finally:
+                program.current = None
         for module in program.closures:
             bind.note_module(module)
         for box, value in zip(self.donated, written, strict=True):
@@ -548,6 +562,10 @@ class _Static:
 
 
 jax.tree_util.register_pytree_node(_Static, lambda box: ((), box), lambda box, _: box)
+
+
+def _caller(arrays: list[Any]) -> Callable[[_Binding], Any]:
+    return lambda binding: binding.call(arrays)
 
 
 class _Argument:

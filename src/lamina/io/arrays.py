@@ -52,16 +52,17 @@ def to_jax(
     """
     narrow = {} if jax.dtypes.canonicalize_dtype(np.int64) == np.int64 else _NARROW
     hosts, places = _host_arrays(handles, dtype, narrow, copy, alias=True)
-    narrowed = [handle for handle, host in zip(handles, places, strict=True)
-                if handle.dtype in narrow and hosts[host].dtype == narrow[handle.dtype]
-                and (dtype is None or not jnp.issubdtype(handle.dtype, jnp.floating))]  # fmt: skip
+    narrowed = [
+        handle
+        for handle, place in zip(handles, places, strict=True)
+        if handle.dtype.itemsize >= 8 and _was_narrowed(handle.dtype, hosts[place].dtype, narrow)
+    ]
     if narrowed:
         _warn_narrowed(narrowed, narrow)
     arrays = jax.device_put(hosts)
-    made = [arrays[place] for place in places]
     return [
-        _random_key(handle, array) if handle.prng else array
-        for handle, array in zip(handles, made, strict=True)
+        _random_key(handle, arrays[place]) if handle.prng else arrays[place]
+        for handle, place in zip(handles, places, strict=True)
     ]
 
 
@@ -188,6 +189,10 @@ def _host_arrays(
 _EMPTY = np.empty(0, np.uint8)
 
 
+def _was_narrowed(was: np.dtype, now: np.dtype, narrow: dict[np.dtype, np.dtype]) -> bool:
+    return narrow.get(was) == now
+
+
 def _mappable(handle: TensorHandle) -> bool:
     return handle.nbytes == 0 or (
         handle.offset % _ALIGN == 0
@@ -199,21 +204,20 @@ def _mappable(handle: TensorHandle) -> bool:
 def _fill(slots: list[tuple[TensorHandle, int, np.dtype]], hosts: list[np.ndarray]) -> None:
     """Give every slot aligned memory and read the tensors into it, in the order of the file."""
     slots.sort(key=lambda slot: (slot[0].file, slot[0].offset))
-    pieces = _allocate([_size(handle, wanted) for handle, _, wanted in slots])
-    run: list[np.ndarray] = []
+    places = _allocate([_size(handle, wanted) for handle, _, wanted in slots])
+    run: list[memoryview] = []
     source: FileBytes | None = None
     start = end = 0
-    for (handle, index, wanted), memory in zip(slots, pieces, strict=True):
-        hosts[index] = memory.view(wanted).reshape(handle.shape)
-        direct = wanted == handle.dtype and handle.contiguous
-        if not (direct and isinstance(handle.source, FileBytes)):
+    for (handle, index, wanted), (block, position) in zip(slots, places, strict=True):
+        hosts[index] = np.ndarray(handle.shape, wanted, block, position)
+        if wanted != handle.dtype or not handle.splittable:
             _convert(handle, hosts[index])
         elif handle.nbytes:
             if handle.source is not source or handle.offset != end:
                 if source is not None:
                     source.read_into(start, run)
                 source, run, start = handle.source, [], handle.offset
-            run.append(memory)
+            run.append(block[position : position + handle.nbytes])
             end = handle.offset + handle.nbytes
     if source is not None:
         source.read_into(start, run)
@@ -226,33 +230,31 @@ def _size(handle: TensorHandle, wanted: np.dtype) -> int:
     return handle.nbytes // handle.dtype.itemsize * wanted.itemsize
 
 
-def _allocate(sizes: list[int]) -> list[np.ndarray]:
-    """Return 64-byte aligned ``uint8`` arrays that share a few large blocks of memory.
+def _allocate(sizes: list[int]) -> list[tuple[memoryview, int]]:
+    """Return for every size a 64-byte aligned place: a block of memory and a position in it.
 
     Blocks are bounded, so that one small tensor that outlives the others keeps little alive.
     """
-    pieces: list[np.ndarray] = []
-    block: list[int] = []
+    places: list[tuple[memoryview, int]] = []
+    positions: list[int] = []
     used = 0
-    for size in [*sizes, None]:
-        room = 0 if size is None else -(-size // _ALIGN) * _ALIGN
-        if block and (size is None or used + room > _ARENA):
-            memory = _aligned(used)
-            position = 0
-            for piece in block:
-                pieces.append(memory[position : position + piece])
-                position += -(-piece // _ALIGN) * _ALIGN
-            block, used = [], 0
-        if size is not None:
-            block.append(size)
-            used += room
-    return pieces
+    for size in sizes:
+        room = -(-size // _ALIGN) * _ALIGN
+        if positions and used + room > _ARENA:
+            block = _aligned(used)
+            places += [(block, position) for position in positions]
+            positions, used = [], 0
+        positions.append(used)
+        used += room
+    block = _aligned(used)
+    places += [(block, position) for position in positions]
+    return places
 
 
-def _aligned(size: int) -> np.ndarray:
+def _aligned(size: int) -> memoryview:
     memory = np.empty(size + _ALIGN, np.uint8)
     start = -memory.ctypes.data % _ALIGN
-    return memory[start : start + size]
+    return memory[start : start + size].data
 
 
 def _convert(handle: TensorHandle, out: np.ndarray) -> None:

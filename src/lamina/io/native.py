@@ -138,7 +138,7 @@ def load(
         if names is not None:
             tree: Any = select(file, names)
         else:
-            tree = file.tree if file.nested else dict(file)
+            tree = file.tree if file.nested else dict(file.items())
         leaves: dict[int, TensorHandle] = {}
         _collect(tree, leaves, set())
         handles = list(leaves.values())

@@ -35,6 +35,7 @@ __all__ = ["CHECKSUMS", "dtype_name", "open_safetensors", "storable", "write_saf
 
 CHECKSUMS = "lamina.crc32"
 _RESERVED = {"format", DESCRIPTION, CHECKSUMS}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _ALIGN = 64
 _MAX_HEADER = 100_000_000
 
@@ -274,7 +275,7 @@ def _tensors(source: FileBytes, header: dict[str, Any], start: int) -> dict[str,
     spans: list[tuple[int, int, str]] = []
     tensors: dict[str, TensorHandle] = {}
     for name, entry in header.items():
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
             raise FileError(
                 f"{path}: tensor {name!r} must have exactly dtype, shape and data_offsets"
             )
@@ -320,7 +321,12 @@ def _tensors(source: FileBytes, header: dict[str, Any], start: int) -> dict[str,
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    if not isinstance(value, list):
+        return False
+    for n in value:
+        if type(n) is not int or n < 0:
+            return False
+    return True
 
 
 def _check_cover(path: str, spans: list[tuple[int, int, str]], available: int) -> None:

@@ -151,7 +151,8 @@ def write_sharded(
     Args:
         tensors: names and arrays.
         path: as of the single file, ``model.safetensors``; the shards are named after it. A single
-            file of that name is removed at the end, and the shards that the old index named.
+            file of that name is removed at the end, and other shards named after it: those of the
+            old index, and of saves that were killed.
         max_bytes: the limit.
         description: what ``lamina.io.tree`` needs to give nested objects back.
         metadata: text for the index and every shard.
@@ -189,6 +190,8 @@ def write_sharded(
             with contextlib.suppress(OSError):
                 os.unlink(shard)
         raise
+    shard = re.compile(re.escape(stem) + r"(-[0-9a-f]{8})?-\d{5}-of-\d{5}\.safetensors")
+    stale.update(name for name in os.listdir(directory) if shard.fullmatch(name))
     for name in {*stale, base} - set(names):
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(directory, name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from lamina._core.errors import FileError
@@ -10,6 +11,7 @@ from lamina._core.errors import FileError
 __all__ = ["parse_json"]
 
 _MAX_DIGITS = 20
+_MANY_DIGITS = re.compile(rb"\d{%d}" % _MAX_DIGITS)
 
 
 def parse_json(path: str, text: bytes, what: str, *, inexact: bool = False) -> Any:
@@ -50,7 +52,8 @@ def parse_json(path: str, text: bytes, what: str, *, inexact: bool = False) -> A
         value = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=unique,
-            parse_int=integer,
+            # A function for every number takes time, so it is there only where one may be long.
+            parse_int=integer if _MANY_DIGITS.search(text) else None,
             parse_float=float if inexact else refuse,
             parse_constant=refuse,
         )

@@ -16,7 +16,7 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, Mapping, ValuesView
 from types import TracebackType
 from typing import Any
 
@@ -77,8 +77,8 @@ class FileBytes:
                 f"(it had {self.size} bytes, now {now})"
             )
 
-    def read_into(self, offset: int, pieces: list[np.ndarray]) -> None:
-        """Fill consecutive ``uint8`` arrays with the bytes from ``offset`` on, in few system calls.
+    def read_into(self, offset: int, pieces: list[memoryview]) -> None:
+        """Fill consecutive buffers of bytes with the bytes from ``offset`` on, in few system calls.
 
         Raises:
             FileError: if the file ends before the pieces are full.
@@ -86,7 +86,7 @@ class FileBytes:
         self.check()
         start = 0
         while start < len(pieces):
-            batch: list[Any] = pieces[start : start + _MOST_BUFFERS]
+            batch = pieces[start : start + _MOST_BUFFERS]
             wanted = sum(piece.nbytes for piece in batch)
             got = os.preadv(self.fd, batch, offset) if wanted else 0
             offset += got
@@ -232,7 +232,7 @@ class TensorHandle:
         else:
             last = sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
             span = last + dtype.itemsize
-        if offset < 0 or min(shape, default=0) < 0 or min(strides or (), default=0) < 0:
+        if offset < 0 or (shape and min(shape) < 0) or (strides and min(strides) < 0):
             raise FileError(f"{self.file}: tensor {name!r} has a negative size, stride or offset")
         if len(shape) > 64:
             raise FileError(f"{self.file}: tensor {name!r} has {len(shape)} axes, at most 64")
@@ -282,6 +282,8 @@ class TensorHandle:
         else:
             buffer = self.source.buffer()
             full = np.ndarray(self.shape, stored, buffer, self.offset, self.strides)
+        if index is ... and self.finish is None and self.stored is None:
+            return full
         part = full[index]
         if self.finish is not None:
             part = self.finish(part)
@@ -316,7 +318,7 @@ class TensorHandle:
         scratch = np.empty(min(step, max(end - start, 0)), np.uint8)
         for position in range(start, end, step):
             piece = scratch[: min(step, end - position)]
-            source.read_into(self.offset + position, [piece])
+            source.read_into(self.offset + position, [piece.data])
             yield piece.view(self.dtype)
 
     def _row_chunks(self, limit: int) -> Iterator[np.ndarray]:
@@ -396,6 +398,14 @@ class TensorFile(Mapping[str, TensorHandle]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def items(self) -> ItemsView[str, TensorHandle]:
+        """Return the names and handles."""
+        return self._tensors.items()
+
+    def values(self) -> ValuesView[TensorHandle]:
+        """Return the handles."""
+        return self._tensors.values()
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

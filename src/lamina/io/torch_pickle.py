@@ -28,7 +28,7 @@ MAX_FORGEABLE_KEYS = 8_000
 FORGEABLE_INT = (1 << 61) - 1
 MAX_KEY_TUPLE = 16
 COST_OF_CALL = 8
-COST_OF_SET = 4
+COST_OF_SET = 16
 
 _ATOMS = (str, int, float, bool, bytes, type(None))
 

@@ -183,27 +183,35 @@ class NamedTensors:
 
     def _tensor(self, record: TensorRecord, path: Path, depth: int) -> TensorHandle:
         name = self._name(path)
-        if record.storage.source is None and not record.storage.nbytes and record.refused:
-            return self._listed(record, name)
-        handle = record.handle(name, self.where)
-        first = self._first.setdefault(record.tie, name)
+        known = self._first.get(id(record))
+        if known is not None:
+            return self._tie(name, known)
+        handle = self._handle(record, name)
+        first = self._first[id(record)] = self._first.setdefault(record.tie, name)
         if first != name:
-            self.ties[name] = first
-            handle = self.tensors[first]
-        else:
-            self._bytes -= handle.nbytes
-            if self._bytes < 0:
-                raise self._error("has tensors that expand to far more than the file")
+            return self._tie(name, first)
+        self._bytes -= handle.nbytes
+        if self._bytes < 0:
+            raise self._error("has tensors that expand to far more than the file")
+        return self._add(name, handle)
+
+    def _add(self, name: str, handle: TensorHandle) -> TensorHandle:
         self._found += 1
         self.tensors[name] = handle
         return handle
 
-    def _listed(self, record: TensorRecord, name: str) -> TensorHandle:
+    def _tie(self, name: str, first: str) -> TensorHandle:
+        self.ties[name] = first
+        return self._add(name, self.tensors[first])
+
+    def _handle(self, record: TensorRecord, name: str) -> TensorHandle:
+        if record.storage.source is not None or record.storage.nbytes or not record.refused:
+            return record.handle(name, self.where)
         what = f"{self.where}: tensor {printable(name)!r}"
         item = record.element.dtype.itemsize
         # Nothing lies in the file, so only the numbers themselves can be wrong.
         check_geometry(what, 0, record.size, record.stride, item, item)
-        handle = TensorHandle(
+        return TensorHandle(
             name,
             tuple(record.size),
             record.element.dtype,
@@ -213,9 +221,6 @@ class NamedTensors:
             refused=record.refused,
             nbytes=0,
         )
-        self._found += 1
-        self.tensors[name] = handle
-        return handle
 
     def _storage(self, storage: Storage, path: Path, depth: int) -> TensorHandle:
         """A storage saved on its own is a tensor of one axis."""
@@ -234,27 +239,24 @@ class NamedTensors:
         shape = tuple(array.shape)
         if math.prod(shape) * dtype.itemsize != len(content):
             raise FileError(f"{what} has {len(content)} bytes, its shape {shape} asks for others")
-        first = self._first.setdefault(id(array), name)
-        if first != name:
-            self.ties[name] = first
-            handle = self.tensors[first]
-        else:
-            strides = None
-            if array.fortran and len(shape) > 1:
-                strides = tuple(dtype.itemsize * math.prod(shape[:i]) for i in range(len(shape)))
-            native = dtype.newbyteorder("=")
-            handle = TensorHandle(
+        known = self._first.setdefault(id(array), name)
+        if known != name:
+            return self._tie(name, known)
+        strides = None
+        if array.fortran and len(shape) > 1:
+            strides = tuple(dtype.itemsize * math.prod(shape[:i]) for i in range(len(shape)))
+        return self._add(
+            name,
+            TensorHandle(
                 name,
                 shape,
-                native,
+                dtype.newbyteorder("="),
                 LazyBytes(self.where, len(content), lambda: content),
                 0,
                 strides=strides,
                 stored=None if dtype.isnative else dtype,
-            )
-        self._found += 1
-        self.tensors[name] = handle
-        return handle
+            ),
+        )
 
 
 def _row_major(shape: Any, what: str) -> tuple[int, ...]:

@@ -131,7 +131,7 @@ class _ZipReader:
         record = self.records.get(f"{self.root}/byteorder")
         if record is None:
             return False
-        order = bytes(self.data[record.offset : record.offset + min(record.packed, 16)])
+        order = bytes(record_bytes(self.data, record, self.where)) if record.size < 16 else b""
         if order not in (b"little", b"big"):
             raise FileError(f"{self.where}: the byte order is recorded as {order!r}")
         return order == b"big"

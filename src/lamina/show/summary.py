@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
-
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
 from .._core.errors import TypeMismatchError, format_shape
 from .._core.module import Module
 from .html import html_table
 from .record import BoxRow, ModuleRow, Record, record
+from .table import lay_out
 
 __all__ = ["Summary", "summary"]
 
 HEADINGS = ("name", "layer, recipe", "output, shape", "elements", "memory", "FLOPs")
-_NUMBERS = ("elements", "memory", "FLOPs")
-_UNLIMITED = 100_000
+_NUMBERS = (3, 4, 5)
+_YIELDING = (1, 0, 2)  # where the terminal is narrow, recipes give way first
 
 
 def summary(
@@ -184,37 +181,30 @@ class Summary:
             lines.append(f"input       {self.record.inputs}, {self.record.mode} mode{flops}")
         return lines
 
-    def __rich__(self) -> Group:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        lines = list(self.cells())
-        used = [any(cells[i] for _, cells in lines) for i in range(len(HEADINGS))]
-        shown = [heading for heading, wanted in zip(HEADINGS, used, strict=True) if wanted]
-        for heading in shown:
-            # Where the terminal is narrow, recipes give way first.
-            table.add_column(
-                heading,
-                justify="right" if heading in _NUMBERS else "left",
-                no_wrap=heading != HEADINGS[1],
-                overflow="ellipsis",
-            )
-        for kind, cells in lines:
-            table.add_row(
-                *(
-                    Text(cell, style=_style(kind, heading), no_wrap=True, overflow="ellipsis")
-                    for cell, heading, wanted in zip(cells, HEADINGS, used, strict=True)
-                    if wanted
-                )
-            )
-        return Group(table, Text(""), *(Text(line, style="dim") for line in self.totals()))
+    def _lines(self, width: int | None) -> Iterator[tuple[str, list[str]]]:
+        """Yield ``(kind, padded cells)`` for each line of the table."""
+        lines = [("heading", HEADINGS), *self.cells()]
+        laid_out = lay_out([cells for _, cells in lines], width, _NUMBERS, _YIELDING)
+        for (kind, _), cells in zip(lines, laid_out, strict=True):
+            yield kind, cells
 
     def __str__(self) -> str:
-        """Return the table as text: cut to the terminal's width, or whole when piped."""
-        screen = Console()
-        width = screen.width if sys.stdout.isatty() else _UNLIMITED
-        out = io.StringIO()
-        console = Console(file=out, width=width, color_system=None, legacy_windows=False)
-        console.print(self)
-        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().split("\n"))
+        """Return the table as plain text: cut to the terminal's width, or whole when piped."""
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        table = ["".join(cells).rstrip() for _, cells in self._lines(width)]
+        return "\n".join([*table, "", *self.totals()])
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """Draw the table with rich, in colour where the console has any."""
+        for kind, cells in self._lines(options.max_width if console.is_terminal else None):
+            line = console.render_str("", markup=False, highlight=False)
+            for column, cell in enumerate(cells):
+                line.append(cell, style=_style(kind, column))
+            line.rstrip()
+            line.no_wrap, line.overflow = True, "ignore"
+            yield line
+        for note in ("", *self.totals()):
+            yield console.render_str(note, style="dim", markup=False, highlight=False)
 
     def __repr__(self) -> str:
         return str(self)
@@ -244,12 +234,12 @@ def _box_cells(row: BoxRow) -> tuple[str, ...]:
     )
 
 
-def _style(kind: str, heading: str) -> str:
-    if kind == "module":
-        return {HEADINGS[0]: "bold", HEADINGS[1]: "cyan"}.get(heading, "")
+def _style(kind: str, column: int) -> str:
     if kind == "heading":
         return "bold"
-    return "green" if heading == HEADINGS[1] else "dim"
+    if kind == "module":
+        return {0: "bold", 1: "cyan"}.get(column, "")
+    return "green" if column == 1 else "dim"
 
 
 def _at_least(text: str, known: int, unknown: int) -> str:
