@@ -311,7 +311,7 @@ def _show_shapes(console: Console, conv: Module, plain: Module) -> None:
 def _initialise(console: Console, conv: Module, plain: Module) -> None:
     _title(console, 3, "Initialised by rule", "nn.init.rules(net, {...})")
     rules = {
-        nn.Conv2d: nn.init.KaimingNormal(nonlinearity="relu"),
+        nn.Conv2d: nn.init.Normal(std=0.05),
         nn.Linear: nn.init.XavierUniform(),
         "*.bias": nn.init.Zeros(),
     }
@@ -321,7 +321,7 @@ def _initialise(console: Console, conv: Module, plain: Module) -> None:
 
 def _table(console: Console, table: Any) -> None:
     """Print a table: fitted to the terminal, or whole."""
-    if console.is_terminal and hasattr(table, "__rich__"):
+    if console.is_terminal and hasattr(table, "__rich_console__"):
         console.print(table)
     else:
         console.print(escape(str(table)), soft_wrap=True)

@@ -374,6 +374,7 @@ def test_requires_grad():
         (lambda net: net.half().float(), jnp.float32),
         (lambda net: net.type(jnp.float16), jnp.float16),
     ],
+    ids=["half", "bfloat16", "to name", "to dtype", "to array", "twice", "type"],
 )
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_casting(call, dtype, when):

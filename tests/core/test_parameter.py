@@ -223,8 +223,9 @@ def test_wrong_values_are_never_stored():
         p.data = None
     with pytest.raises((TypeError, ValueError)):
         p.data = "text"
-    with pytest.raises(ShapeError):
-        p += np.ones((4, 2, 3), np.float32)
+    row = nn.Parameter(jnp.ones((1, 3)))
+    with pytest.raises(ShapeError, match=r"expected shape \(1, 3\), got \(4, 3\)"):
+        row += np.ones((4, 3), np.float32)
     with pytest.raises(TypeMismatchError):
         p[0, 0] = 1j
     count = nn.Buffer(jnp.asarray(0))

@@ -244,6 +244,12 @@ row(
     "more work",
 )
 row("six million operations", torch_zip(b"(" + b"N0" * 3_100_000 + b"t"), "more operations")
+row("many open groups", torch_zip(b"(" * 3_000_000), "too many groups")
+row(
+    "many calls of an object",
+    torch_zip(glob("a:b") + b")Rq\0" + b"0h\0)R" * 1_000_000),
+    "more work|operations",
+)
 row("many empty sets", torch_zip(b"(" + b"\x8f" * 2_000_000 + b"t"), "more work")
 key = b"X" + struct.pack("<I", 5000) + b"k" * 5000
 row("name of a tensor too long", torch_zip(b"}" + key + GOOD + b"s"), "too long a name")

@@ -448,7 +448,7 @@ def test_errors_name_the_tensor(tmp_path):
         open_torch_zip(tmp_path / "y.pt")
 
 
-def test_fifo_and_directory_are_refused(tmp_path):
+def test_directory_and_missing_file(tmp_path):
     with pytest.raises(FileError, match="directory"):
         open_torch_zip(tmp_path)
     with pytest.raises(FileNotFoundError):

@@ -56,10 +56,7 @@ class _List(Module):
         names = list(self._modules)
         doomed = names[index] if isinstance(index, slice) else [self._place(index)]
         kept = {k: v for k, v in self._modules.items() if k not in doomed}
-        renumber = all(name.isdigit() for name in names)
-        self._modules.clear()
-        for position, (name, part) in enumerate(kept.items()):
-            self.add_module(str(position) if renumber else name, part)
+        self._replace(kept.values())
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -379,6 +376,8 @@ class ParameterDict(_Values):
     def __setitem__(self, key: str, value: Any) -> None:
         if not isinstance(key, str):
             raise TypeError(f"a name is a str, got {type(key).__name__}")
+        if hasattr(type(self), key):
+            raise KeyError(f"ParameterDict has an attribute {key!r} already; choose another name")
         self._put(key, value)
         self._keys[key] = None
 

@@ -70,8 +70,10 @@ def abstractify(value: Any) -> Any:
         return value
     if isinstance(value, Box):
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
-    dtype = getattr(value, "dtype", None) or np.asarray(value).dtype
-    return jax.ShapeDtypeStruct(np.shape(value), canonical(dtype))
+    if isinstance(value, jax.Array):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
+    value = np.asarray(value)
+    return jax.ShapeDtypeStruct(value.shape, canonical(value.dtype))
 
 
 def _is_spec(leaf: Any) -> bool:

@@ -127,7 +127,7 @@ class Module(PartsMixin, StateMixin):
     _backward_pre_hooks: dict[int, Any] = _NO_HOOKS
 
     _INTERNAL: ClassVar[frozenset[str]] = frozenset(
-        {"_parameters", "_buffers", "_modules", "_parent", "_origin", "_tree", "_fingerprint"}
+        {"_parameters", "_buffers", "_modules", "_parents", "_origin", "_tree", "_fingerprint"}
         | {"_born", "_slots", "_self", "_pending", "_compiled", "_forward_hooks", "_load_hooks"}
         | {"_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_load_pre_hooks"}
         | {"_state_dict_hooks", "_state_dict_pre_hooks"}
@@ -141,7 +141,7 @@ class Module(PartsMixin, StateMixin):
         fields["_parameters"] = Registry(reference)
         fields["_buffers"] = Registry(reference)
         fields["_modules"] = Registry(reference)
-        fields["_parent"] = None
+        fields["_parents"] = ()
         fields["_self"] = reference
         fields["_pending"] = False
         fields["_born"] = STATE.frames[0].serial if STATE.frames else None
@@ -158,21 +158,18 @@ class Module(PartsMixin, StateMixin):
         """Link a newly registered part to this module."""
         fields = self.__dict__
         if isinstance(part, Box):
-            if part._owner is None or part._owner() is None:
-                part._owner = fields["_self"]
+            self._link(part)
             if part.is_unshaped and not part._is_free:
                 fields["_pending"] = True
-            if fields["_parent"] is None and "_origin" not in fields:
+            if not fields["_parents"] and "_origin" not in fields:
                 fields["_origin"] = BIRTHS.take()
             return
-        child = part.__dict__
-        if child["_parent"] is None or child["_parent"]() is None:
-            child["_parent"] = fields["_self"]
-        origin = child.pop("_origin", None)
+        self._link(part)
+        origin = part.__dict__.pop("_origin", None)
         if origin is None:
             return
         own = fields.get("_origin")
-        if fields["_parent"] is None and own is None:
+        if not fields["_parents"] and own is None:
             fields["_origin"] = origin
         elif own is not None and own[0] == origin[0] and origin[1] < own[1]:
             fields["_origin"] = origin
@@ -201,7 +198,7 @@ class Module(PartsMixin, StateMixin):
             self._assign(parameters, name, value)
         elif name in buffers:
             self._assign(buffers, name, value)
-        elif name in modules:
+        elif name in modules and name not in fields.get("_slots", ()):
             if value is None:
                 modules[name] = None
                 return
@@ -220,7 +217,7 @@ class Module(PartsMixin, StateMixin):
                     self._register(name, container, modules)
                     return
                 if not value and not isinstance(value, tuple):
-                    fields.setdefault("_slots", {})[name] = len(modules)
+                    self._keep_place(name)
             old = fields.get(name, _MISSING)
             unchanged = old is value or (type(old) is type(value) in _SIMPLE and old == value)
             if STATE.frames:
@@ -234,6 +231,7 @@ class Module(PartsMixin, StateMixin):
         if registry.get(name) is value and value is not None:
             return
         fields.pop(name, None)
+        fields.get("_slots", {}).pop(name, None)
         for other in (fields["_parameters"], fields["_buffers"], fields["_modules"]):
             if other is not registry and name in other:
                 del other[name]
@@ -253,27 +251,28 @@ class Module(PartsMixin, StateMixin):
                 f"nn.Parameter(value) to give it a value"
             )
 
+    def _keep_place(self, name: str) -> None:
+        """Keep the place of an empty list or dict among the children, should it be filled."""
+        fields = self.__dict__
+        fields.setdefault("_slots", {})[name] = None
+        if name not in fields["_modules"]:
+            dict.__setitem__(fields["_modules"], name, None)
+
     def _adopt_containers(self) -> None:
         """Register lists and dicts that were empty when assigned and hold modules now."""
-        slots = self.__dict__.get("_slots")
-        if not slots:
-            return
-        for name, position in list(slots.items()):
-            value = self.__dict__.get(name)
+        fields = self.__dict__
+        for name in list(fields.get("_slots", ())):
+            value = fields.get(name)
             if value is not None and not value:
                 continue
-            del slots[name]
+            del fields["_slots"][name]
             container = (
-                None if value is None else self._contain(value, f"{type(self).__name__}.{name}")
+                None if value is None else self._contain(value, f"{self._get_name()}.{name}")
             )
-            if container is not None:
-                later = list(self._modules.items())[position:]
-                self._register(name, container, self.__dict__["_modules"])
-                for key, module in later:
-                    dict.pop(self._modules, key)
-                    dict.__setitem__(self._modules, key, module)
-                for other in slots:
-                    slots[other] += slots[other] >= position
+            if container is None:
+                dict.pop(fields["_modules"], name, None)
+            else:
+                self._register(name, container, fields["_modules"])
 
     def __getattr__(self, name: str) -> Any:
         fields = self.__dict__
@@ -500,9 +499,11 @@ class Module(PartsMixin, StateMixin):
         self._adopt_containers()
         extra = self.extra_repr()
         lines = extra.split("\n") if extra else []
-        if len(lines) <= 1 and not self._modules:
+        slots = self.__dict__.get("_slots", ())
+        children = [(k, v) for k, v in self._modules.items() if k not in slots]
+        if len(lines) <= 1 and not children:
             return f"{self._get_name()}({extra})"
-        for name, child in self._modules.items():
+        for name, child in children:
             lines.append(f"({name}): " + repr(child).replace("\n", "\n  "))
         return f"{self._get_name()}(\n  " + "\n  ".join(lines) + "\n)"
 
@@ -526,10 +527,14 @@ class Module(PartsMixin, StateMixin):
         VERSION.static += 1
 
     def _link(self, part: Box | Module) -> None:
+        """Note that a part belongs to this module, among others if it is shared."""
+        me = self.__dict__["_self"]
         if isinstance(part, Box):
-            part._owner = part._owner or self.__dict__["_self"]
-        elif part.__dict__["_parent"] is None:
-            part.__dict__["_parent"] = self.__dict__["_self"]
+            if me not in part._owners:
+                part._owners = (*(ref for ref in part._owners if ref() is not None), me)
+        elif me not in part.__dict__["_parents"]:
+            parents = part.__dict__["_parents"]
+            part.__dict__["_parents"] = (*(ref for ref in parents if ref() is not None), me)
 
     # What compiled functions need.
 
@@ -541,7 +546,7 @@ class Module(PartsMixin, StateMixin):
 
 
 _MISSING = object()
-_LINKS = frozenset({"_parent", "_self", "_tree", "_fingerprint", "_born", "_compiled"})
+_LINKS = frozenset({"_parents", "_self", "_tree", "_fingerprint", "_born", "_compiled"})
 _SIMPLE = (int, float, str, bytes, bool, type(None))
 
 

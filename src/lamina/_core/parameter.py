@@ -58,7 +58,8 @@ class Box:
         "_init",
         "_init_is_default",
         "_level",
-        "_owner",
+        "_gradient_of",
+        "_owners",
         "_requires_grad",
         "_seed",
         "_shape",
@@ -80,7 +81,8 @@ class Box:
         self._level = 0
         if STATE.frames:
             bind.note_birth(self)
-        self._owner: weakref.ref | None = None
+        self._owners: tuple[weakref.ref, ...] = ()
+        self._gradient_of: weakref.ref | None = None
         self._seed: Any = None
         self._init = init
         self._init_is_default = init is not None
@@ -275,6 +277,11 @@ class Box:
         """Whether this is a declared place for an array of any shape, or for none."""
         return False
 
+    @property
+    def _is_empty(self) -> bool:
+        """Whether this is such a place, with no array in it."""
+        return self._value is None and self._is_free
+
     def _mismatch(self, what: str, expected: Any, got: Any) -> str:
         mend = (
             f"mend: value.astype({np.dtype(self.dtype).name!r}), or change the model first: "
@@ -412,6 +419,8 @@ class Box:
 
     def __index__(self) -> int:
         return operator.index(self._read())
+
+    __array_priority__ = 1000  # a NumPy array on the left leaves the operation to the box
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self._read(), dtype=dtype)
@@ -591,7 +600,7 @@ class Parameter(Box):
         box: Any = self._grad
         if box is None:
             box = self._grad = bind.outlive(Buffer())
-            box._owner = weakref.ref(self)
+            box._gradient_of = weakref.ref(self)
         return box
 
     def __getstate__(self) -> dict[str, Any]:
@@ -660,10 +669,6 @@ class Buffer(Box):
     @property
     def _is_free(self) -> bool:
         return self._shape is None and self._init is None
-
-    @property
-    def _is_empty(self) -> bool:
-        return self._value is None and self._is_free
 
     def _read_optional(self) -> jax.Array | None:
         if self._value is None and self._is_free:

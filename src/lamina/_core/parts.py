@@ -150,7 +150,7 @@ class PartsMixin:
         """Put ``module`` at a dotted path; with ``strict`` only if a module is there already."""
         if not target:
             raise ValueError("set_submodule needs a path, got ''")
-        if not isinstance(module, Module):
+        if not isinstance(module, PartsMixin):
             raise TypeError(
                 f"set_submodule({target!r}): expected a module, got {type(module).__name__}"
             )

@@ -111,7 +111,9 @@ def seed_key(low: Any, high: Any) -> jax.Array:
 
 
 def _seed_words(seed: Any) -> Any:
-    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+    if isinstance(seed, jax.Array) and (
+        seed.ndim or jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    ):
         words = jax.random.key_data(seed).astype(jnp.uint32).ravel()
         return jnp.stack([words[0], words[-1]])
     if isinstance(seed, jax.Array):
@@ -180,6 +182,7 @@ def rng(seed: Any) -> Iterator[Generator]:
     words, start = jnp.asarray(_seed_words(seed)), jnp.zeros((), jnp.uint32)
     if not STATE.frames and not bind.is_tracer(words) and not bind.under_foreign_trace():
         former = [box._read() for box in boxes]
+        births = BIRTHS.set_aside()
         for box, value in zip(boxes, (words, start), strict=True):
             box._write(value)
         try:
@@ -187,6 +190,7 @@ def rng(seed: Any) -> Iterator[Generator]:
         finally:
             for box, value in zip(boxes, former, strict=True):
                 box._write(value)
+            BIRTHS.resume(births)
         return
     with bind.Frame("rng") as frame:
         frame.bind(boxes, (words, start))
@@ -213,6 +217,17 @@ class Births:
         """Begin at 0 again."""
         self.number = 0
         self.free.clear()
+
+    def set_aside(self) -> Any:
+        """Begin at 0 for a while; returns what :meth:`resume` goes on from."""
+        kept = (self.number, self.free, self._seed)
+        self.number, self.free, self._words = 0, set(), None
+        return kept
+
+    def resume(self, kept: Any) -> None:
+        """Go on from where :meth:`set_aside` left off."""
+        self.number, self.free, self._seed = kept
+        self._words = None
 
     def seed(self) -> Seed:
         """Return the seed in force as two 32-bit words."""

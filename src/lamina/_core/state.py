@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .bind import VERSION
 from .errors import DeferredError, LoadError, ShapeError, did_you_mean, format_shape
 from .hooks import RemovableHandle, add_hook
 from .parameter import Box, array, canonical
@@ -89,7 +90,8 @@ class StateMixin:
             >>> list(nn.Linear(2, 3).state_dict())
             ['weight', 'bias']
         """
-        if destination is None:
+        is_top = destination is None
+        if is_top:
             unknown = [
                 f"  {name}: {format_shape(box.shape)}"
                 for name, box, _ in walk(self).entries
@@ -114,9 +116,8 @@ class StateMixin:
                 child.state_dict(
                     destination=destination, prefix=f"{prefix}{name}.", keep_vars=keep_vars
                 )
-        if isinstance(destination, StateDict):
-            tree = walk(self)
-            for alias, name in tree.aliases.items():
+        if is_top:
+            for alias, name in walk(self).aliases.items():
                 if prefix + alias in destination and prefix + name in destination:
                     destination.ties[prefix + alias] = prefix + name
         for hook in list(self._state_dict_hooks.values()):
@@ -202,6 +203,8 @@ class StateMixin:
             for box, values in before:
                 for field, value in values.items():
                     setattr(box, field, value)
+            VERSION.exposed += 1
+            VERSION.static += 1
             raise
         return result
 
@@ -290,18 +293,20 @@ def _load(
     prefix: str = "",
 ) -> None:
     module._adopt_containers()
-    local: list[str] = []
-    module._load_from_state_dict(state, prefix, dict(options), strict, missing, local, errors)
-    unexpected.extend(key for key in local if key not in unexpected)
+    module._load_from_state_dict(state, prefix, dict(options), strict, missing, unexpected, errors)
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            parts.setdefault(key[len(prefix) :].partition(".")[0], {})[key] = value
     for name, child in module._modules.items():
         if child is not None:
             start = f"{prefix}{name}."
-            part = {key: value for key, value in state.items() if key.startswith(start)}
-            _load(child, part, options, strict, missing, unexpected, errors, start)
+            _load(child, parts.get(name, {}), options, strict, missing, unexpected, errors, start)
 
 
 def _snapshot(box: Box) -> tuple[Box, dict[str, Any]]:
-    return box, {"_value": box._value, "_shape": box._shape, "_dtype": box._dtype}
+    fields = ("_value", "_shape", "_dtype", "_exposed")
+    return box, {field: getattr(box, field) for field in fields}
 
 
 def _take(box: Box, value: Any, options: Mapping[str, Any]) -> str | None:

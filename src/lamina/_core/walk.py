@@ -40,11 +40,12 @@ class Tree:
         self.names: dict[Box, str] = {}
         self.aliases: dict[str, str] = {}
         self.modules: list[tuple[str, Module]] = []
-        self._visit(root, "", ())
+        self._visit(root, "", set())
 
-    def _visit(self, module: Module, name: str, above: tuple[Module, ...]) -> None:
-        if any(module is other for other in above):
+    def _visit(self, module: Module, name: str, above: set[Module]) -> None:
+        if module in above:
             raise LaminaError(f"module {name!r} contains itself; a model must be a tree or a DAG")
+        above.add(module)
         self.modules.append((name, module))
         prefix = f"{name}." if name else ""
         fields = module.__dict__
@@ -59,7 +60,8 @@ class Tree:
                     self.aliases[path] = first
         for key, child in fields["_modules"].items():
             if child is not None:
-                self._visit(child, prefix + key, (*above, module))
+                self._visit(child, prefix + key, above)
+        above.remove(module)
 
     @property
     def boxes(self) -> list[Box]:
@@ -82,20 +84,28 @@ def root_of(module: Module) -> Module:
     """Return the topmost module that contains ``module``."""
     seen = {id(module)}
     while True:
-        parent = module.__dict__["_parent"]
-        above = None if parent is None else parent()
+        above = holder_of(module.__dict__["_parents"], module, ("_modules",))
         if above is None or id(above) in seen:
-            return module
-        if not any(child is module for child in above.__dict__["_modules"].values()):
             return module
         seen.add(id(above))
         module = above
 
 
+def holder_of(owners: Any, part: Any, registries: tuple[str, ...]) -> Any:
+    """Return the first of some weakly referenced modules that still has ``part``."""
+    for reference in owners:
+        owner = reference()
+        if owner is not None and any(
+            other is part for key in registries for other in owner.__dict__[key].values()
+        ):
+            return owner
+    return None
+
+
 def identify(box: Box) -> tuple[Module | None, str]:
     """Return the topmost module that contains a box, and the box's canonical name there."""
-    owner = None if box._owner is None else box._owner()
-    if owner is None or not hasattr(owner, "_modules"):
+    owner = holder_of(box._owners, box, ("_parameters", "_buffers"))
+    if owner is None:
         return None, ""
     root = root_of(owner)
     name = walk(root).names.get(box)
@@ -114,9 +124,8 @@ def path_of(module: Module) -> str:
 def describe(box: Box) -> str:
     """Name a box for a message: ``parameter '0.weight'``."""
     kind = type(box).__name__.lower()
-    if box._owner is not None and not hasattr(box._owner(), "_modules"):
-        holder = box._owner()
-        return f"gradient of {describe(holder)}" if holder is not None else kind
+    if box._gradient_of is not None and (parameter := box._gradient_of()) is not None:
+        return f"gradient of {describe(parameter)}"
     _, name = identify(box)
     return f"{kind} {name!r}" if name else kind
 

@@ -190,7 +190,8 @@ _EMPTY = np.empty(0, np.uint8)
 
 
 def _was_narrowed(was: np.dtype, now: np.dtype, narrow: dict[np.dtype, np.dtype]) -> bool:
-    return narrow.get(was) == now
+    # Not narrow.get(was) == now: numpy takes None for float64.
+    return was in narrow and narrow[was] == now
 
 
 def _mappable(handle: TensorHandle) -> bool:
@@ -210,13 +211,14 @@ def _fill(slots: list[tuple[TensorHandle, int, np.dtype]], hosts: list[np.ndarra
     start = end = 0
     for (handle, index, wanted), (block, position) in zip(slots, places, strict=True):
         hosts[index] = np.ndarray(handle.shape, wanted, block, position)
-        if wanted != handle.dtype or not handle.splittable:
+        file = handle.source
+        if wanted != handle.dtype or not handle.contiguous or not isinstance(file, FileBytes):
             _convert(handle, hosts[index])
         elif handle.nbytes:
-            if handle.source is not source or handle.offset != end:
+            if file is not source or handle.offset != end:
                 if source is not None:
                     source.read_into(start, run)
-                source, run, start = handle.source, [], handle.offset
+                source, run, start = file, [], handle.offset
             run.append(block[position : position + handle.nbytes])
             end = handle.offset + handle.nbytes
     if source is not None:

@@ -55,7 +55,7 @@ _BLOCKS = {
     18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18),
     21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
     29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
+    39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }
 # fmt: on
 _BYTES = np.dtype(np.uint8)
@@ -76,9 +76,9 @@ def open_gguf(path: str | os.PathLike[str]) -> TensorFile:
         OSError: if it cannot be opened.
 
     Example:
-        >>> import tempfile
-        >>> path = os.path.join(tempfile.mkdtemp(), "empty.gguf")
-        >>> _ = open(path, "wb").write(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "empty.gguf")
+        >>> _ = path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
         >>> open_gguf(path)  # doctest: +ELLIPSIS
         <gguf file ...empty.gguf: 0 tensors, 0 bytes>
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,7 +147,8 @@ def load(
         _check_readable(file, handles)
         try:
             read = to_numpy if numpy else to_jax
-            arrays = read(handles, dtype=dtype, copy=copy)
+            with _garbage_collector_paused():
+                arrays = read(handles, dtype=dtype, copy=copy)
         except MemoryError:
             needed = sum(handle.nbytes for handle in handles)
             raise FileError(
@@ -194,6 +197,18 @@ def select(file: TensorFile, names: str | Sequence[str]) -> dict[str, TensorHand
             raise FileError(f"{file.path}: no tensor matches {pattern!r}.{hint}")
         chosen.update((name, file[name]) for name in found)
     return {name: chosen[name] for name in file if name in chosen}
+
+
+@contextlib.contextmanager
+def _garbage_collector_paused() -> Iterator[None]:
+    """Thousands of new arrays would have it search the whole heap for garbage again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _user_metadata(

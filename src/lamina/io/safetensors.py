@@ -321,12 +321,7 @@ def _tensors(source: FileBytes, header: dict[str, Any], start: int) -> dict[str,
 
 
 def _sizes(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    for n in value:
-        if type(n) is not int or n < 0:
-            return False
-    return True
+    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 
 def _check_cover(path: str, spans: list[tuple[int, int, str]], available: int) -> None:

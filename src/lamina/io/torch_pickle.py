@@ -22,6 +22,7 @@ MAX_PICKLE_BYTES = 64 << 20
 MAX_OPCODES = 6_000_000
 MAX_INT_BYTES = 1024
 MAX_GLOBAL_CHARS = 1024
+MAX_MARKS = 10_000
 # Hashes of integers and of tuples of them are not randomised, so whoever writes a file can make
 # them collide; the number of keys that can be chosen so is kept small.
 MAX_FORGEABLE_KEYS = 8_000
@@ -55,8 +56,9 @@ def load_pickle(
 
     Example:
         >>> import pickle
-        >>> load_pickle(pickle.dumps({"lr": 0.1}, 2), "x.pt", lambda *_: NotImplemented)
-        ({'lr': 0.1}, 21)
+        >>> value, _ = load_pickle(pickle.dumps({"lr": 0.1}, 2), "x", lambda *_: NotImplemented)
+        >>> value
+        {'lr': 0.1}
     """
     machine = Machine(data, where, call, persistent, start)
     return machine.run(), machine.at
@@ -201,6 +203,7 @@ class Machine:
         if type(args) is not tuple:
             raise self.error("calls with arguments that are not a tuple")
         if type(ref) is Opaque:
+            self.charge(COST_OF_CALL)
             return Opaque(ref.ref, args)
         if type(ref) is not Ref:
             raise self.error("calls something that is not a global")
@@ -265,6 +268,8 @@ def _frame(m: Machine) -> None:
 
 
 def _mark(m: Machine) -> None:
+    if len(m.marks) >= MAX_MARKS:
+        raise m.error("opens too many groups at once")
     m.marks.append(m.stack)
     m.stack = []
 

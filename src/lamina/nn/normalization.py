@@ -31,6 +31,8 @@ class _BatchNorm(Module):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
         options: dict[str, Any] = {"sharding": as_sharding(device)}
         shape = (num_features,)
@@ -41,9 +43,11 @@ class _BatchNorm(Module):
         self.track_running_stats = track_running_stats
         if affine:
             self.weight = Parameter(shape=shape, init=Ones(), dtype=dtype, **options)
-            self.bias = Parameter(shape=shape, init=Zeros(), dtype=dtype, **options)
         else:
             self.register_parameter("weight", None)
+        if affine and bias:
+            self.bias = Parameter(shape=shape, init=Zeros(), dtype=dtype, **options)
+        else:
             self.register_parameter("bias", None)
         if track_running_stats:
             self.running_mean = Buffer(shape=shape, init=Zeros(), dtype=dtype, **options)
@@ -72,7 +76,7 @@ class _BatchNorm(Module):
         """Return the options."""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
+            f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
         )
 
     def _check(self, input: Any) -> None:
@@ -126,6 +130,7 @@ class BatchNorm1d(_BatchNorm):
         track_running_stats: keep running statistics for evaluation (default True).
         device: where the parameters go.
         dtype: dtype of the parameters (default float32).
+        bias: learn the shift as well (default True).
 
     Shape:
         Input ``(batch, num_features)`` or ``(batch, num_features, length)``.
@@ -149,7 +154,7 @@ class BatchNorm2d(_BatchNorm):
 
     Args:
         num_features: channels of the input, or ``None`` to infer them.
-        eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm1d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as for :class:`BatchNorm1d`.
 
     Shape:
         Input ``(batch, num_features, height, width)``.
@@ -176,8 +181,10 @@ class _LazyBatchNorm(_BatchNorm):
         track_running_stats: bool = True,
         device: Any = None,
         dtype: Any = None,
+        *,
+        bias: bool = True,
     ) -> None:
-        super().__init__(None, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(None, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.num_features = 0  # as PyTorch shows it
         self.__dict__["_pending"] = True  # also without parameters: the size is shown
 
@@ -186,7 +193,7 @@ class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
     """A :class:`BatchNorm1d` whose ``num_features`` is inferred.
 
     Args:
-        eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm1d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as for :class:`BatchNorm1d`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -206,7 +213,7 @@ class LazyBatchNorm2d(_LazyBatchNorm, BatchNorm2d):
     """A :class:`BatchNorm2d` whose ``num_features`` is inferred.
 
     Args:
-        eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm1d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as for :class:`BatchNorm1d`.
 
     Example:
         >>> import jax.numpy as jnp

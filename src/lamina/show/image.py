@@ -74,7 +74,7 @@ def save_image(
         >>> from lamina import nn
         >>> path = os.path.join(tempfile.mkdtemp(), "filters.png")
         >>> lamina.show.save_image(nn.Conv2d(1, 6, 5).weight, path, scale=10, columns=3)
-        (194, 130)
+        (166, 112)
     """
     values = np.asarray(array.data if isinstance(array, Box) else array)
     if values.ndim not in (2, 3, 4) or not values.size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,12 +19,15 @@ from .record import recipe_text
 __all__ = ["Description", "Statistics", "describe"]
 
 _BINS = 32
+_BLOCK = 1 << 20
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     """Statistics of one array; those of a complex one are of its absolute values.
+
+    Of an array that is spread over several hosts they cover what is on this one.
 
     Attributes:
         minimum, maximum, mean, std, norm: over the finite elements (``std`` with divisor n,
@@ -156,41 +160,39 @@ def _as_array(value: Any) -> jax.Array:
 
 
 def _statistics(value: jax.Array) -> Statistics:
-    if not value.size:
-        return Statistics(*[math.nan] * 5, 0, 0, 0, ())
-    scalars, counts, histogram = jax.device_get(_measure(value))
-    return Statistics(
-        *(float(number) for number in scalars),
-        *(int(number) for number in counts),
-        tuple(int(number) for number in histogram),
-    )
+    """Go through the array twice, block by block, in double precision."""
+    count = zeros = nans = infs = 0
+    total = squares = 0.0
+    low, high = math.inf, -math.inf
+    for block in _blocks(value):
+        finite = block[np.isfinite(block)]
+        bad = int(np.isnan(block).sum())
+        zeros += int((block == 0).sum())
+        nans += bad
+        infs += block.size - finite.size - bad
+        if finite.size:
+            count += finite.size
+            total += float(finite.sum())
+            squares += float((finite**2).sum())
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if not count:
+        return Statistics(*[math.nan] * 5, zeros, nans, infs, ())
+    mean = total / count
+    deviations, histogram = 0.0, np.zeros(_BINS, np.int64)
+    for block in _blocks(value):
+        finite = block[np.isfinite(block)]
+        deviations += float(((finite - mean) ** 2).sum())
+        histogram += np.histogram(finite, _BINS, (low, high))[0]
+    std = math.sqrt(deviations / count)
+    bins = tuple(histogram.tolist())
+    return Statistics(low, high, mean, std, math.sqrt(squares), zeros, nans, infs, bins)
 
 
-@jax.jit
-def _measure(value: jax.Array) -> Any:
-    """Compute everything on the device, where the value may be spread over several."""
-    if jnp.issubdtype(value.dtype, jnp.complexfloating):
-        value = jnp.abs(value)
-    narrow = jnp.dtype(value.dtype).itemsize < 4 or not jnp.issubdtype(value.dtype, jnp.floating)
-    x = value.astype(np.float32) if narrow else value
-    finite = jnp.isfinite(x)
-    number = finite.sum()
-    low = jnp.where(finite, x, jnp.inf).min()
-    high = jnp.where(finite, x, -jnp.inf).max()
-    x = jnp.where(finite, x, 0)
-    # Divided by the largest element, so that no square overflows.
-    largest = jnp.maximum(jnp.abs(x).max(), jnp.finfo(x.dtype).tiny)
-    scaled = x / largest
-    mean = scaled.sum() / number
-    variance = jnp.where(finite, (scaled - mean) ** 2, 0).sum() / number
-    norm = jnp.sqrt((scaled**2).sum())
-    width = jnp.where(high > low, (high - low) / _BINS, 1)
-    place = jnp.where(high > low, jnp.clip((x - low) / width, 0, _BINS - 1), _BINS // 2)
-    histogram = jnp.zeros(_BINS, np.int32).at[place.astype(np.int32)].add(finite.astype(np.int32))
-    std = jnp.sqrt(variance)
-    scalars = (low, high, mean * largest, std * largest, norm * largest)
-    return (
-        [jnp.where(number > 0, scalar, jnp.nan) for scalar in scalars],
-        ((value == 0).sum(), jnp.isnan(value).sum(), jnp.isinf(value).sum()),
-        histogram,
-    )
+def _blocks(value: jax.Array) -> Iterator[np.ndarray]:
+    """Yield all elements in pieces, so that no large array is copied as a whole."""
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            flat = np.asarray(shard.data).reshape(-1)
+            for start in range(0, flat.size, _BLOCK):
+                block = flat[start : start + _BLOCK]
+                yield (np.abs(block) if np.iscomplexobj(block) else block).astype(np.float64)

@@ -146,6 +146,7 @@ class Summary:
         size = row.size
         if row.flops is not None:
             flops = format_count(row.flops)
+            flops += "" if flops[-1].isalpha() else "  "  # digits below digits
         else:
             flops = "?" if self._lacks(row) else ""
         return (
@@ -177,8 +178,9 @@ class Summary:
         if self.record.ties:
             lines.append(f"ties        {len(self.record.ties)}, counted once")
         if self.record.inputs is not None:
-            flops = "" if self.flops is None else f", {format_count(self.flops)}FLOPs forward"
-            lines.append(f"input       {self.record.inputs}, {self.record.mode} mode{flops}")
+            lines.append(f"input       {self.record.inputs}, {self.record.mode} mode")
+        if self.flops is not None:
+            lines.append(f"FLOPs       {format_count(self.flops)} forward")
         return lines
 
     def _lines(self, width: int | None) -> Iterator[tuple[str, list[str]]]:
@@ -254,8 +256,8 @@ def format_bytes(count: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """Write a large number with a prefix: ``1.23 M``; ends with a space where there is none."""
-    return f"{count:.0f} " if count < 1000 else _scaled(count, 1000, ("k", "M", "G", "T", "P", "E"))
+    """Write a large number with a prefix: ``1.23 M``."""
+    return f"{count:.0f}" if count < 1000 else _scaled(count, 1000, ("k", "M", "G", "T", "P", "E"))
 
 
 def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:

@@ -390,3 +390,8 @@ def _warn_if_far(recipe: TruncatedNormal) -> None:
             UserWarning,
             stacklevel=4,
         )
+
+
+# PyTorch has these two as methods as well; the recipes that they record live here.
+Box.normal_ = normal_  # type: ignore[attr-defined]
+Box.uniform_ = uniform_  # type: ignore[attr-defined]
