@@ -28,13 +28,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds per step, and the quartiles of the per-round ratio to the reference."""
+    """Seconds per step, the quartiles of the per-round ratio to the reference, and the ratio of
+    the two fastest rounds."""
 
     name: str
     seconds: float
     low: float
     ratio: float
     high: float
+    at_best: float
 
 
 def slice_seconds(contender: Contender, steps: int, block_every: int) -> float:
@@ -80,7 +82,12 @@ def interleave(
         gc.enable()
         gc.unfreeze()
     return [
-        Row(contender.name, statistics.median(own), *quartiles(ratios(own, seconds[0])))
+        Row(
+            contender.name,
+            statistics.median(own),
+            *quartiles(ratios(own, seconds[0])),
+            min(own) / min(seconds[0]),
+        )
         for contender, own in zip(contenders, seconds, strict=True)
     ]
 
@@ -101,9 +108,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def ratio_table(rows: Sequence[Row]) -> str:
     """The rows of ``interleave`` as a markdown table."""
     return markdown(
-        ["contender", "us/step", "ratio", "interquartile"],
+        ["contender", "us/step", "ratio", "interquartile", "at best"],
         [
-            [r.name, f"{r.seconds * 1e6:.0f}", f"{r.ratio:.2f}", f"{r.low:.2f}-{r.high:.2f}"]
+            [
+                r.name,
+                f"{r.seconds * 1e6:.0f}",
+                f"{r.ratio:.2f}",
+                f"{r.low:.2f}-{r.high:.2f}",
+                f"{r.at_best:.2f}",
+            ]
             for r in rows
         ],
     )

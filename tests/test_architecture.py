@@ -17,11 +17,18 @@ ARROWS = {
     "_core": set(),
     **{name: {"_core"} for name in MIDDLE},
     "train": {"_core", *MIDDLE},
+    # A model for another environment is a pure function (func) together with a file (io).
+    "interchange": {"_core", "func", "io"},
     "testing": {"_core", "train", "cli", *MIDDLE},
-    "cli": {"_core", "train", "testing", *MIDDLE},
+    "demo": {"_core", "train", *MIDDLE},
+    "cli": {"_core", "_version", "train", "testing", "demo", "interchange", *MIDDLE},
+    "__main__": {"cli"},
+    "_version": set(),
 }
 # (package, other package): why it may know its sibling.
-SIBLINGS: dict[tuple[str, str], str] = {}
+SIBLINGS: dict[tuple[str, str], str] = {
+    ("show", "io"): "pictures are written as safely as models: all or nothing",
+}
 
 # Imported inside functions, so that lamina works and starts fast without them.
 OPTIONAL = {
@@ -47,7 +54,9 @@ class Import(NamedTuple):
 
 @functools.cache
 def files():
-    return {path.relative_to(ROOT / PACKAGE).as_posix(): path for path in ROOT.rglob("*.py")}
+    return {
+        path.relative_to(ROOT / PACKAGE).as_posix(): path for path in (ROOT / PACKAGE).rglob("*.py")
+    }
 
 
 @functools.cache

@@ -71,7 +71,8 @@ def test_without_a_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["dmeo"], ["demo", "--epochs", "0"], ["demo", "--epochs", "x"], ["demo", "--sede", "1"]]
+    "words",
+    [["dmeo"], ["demo", "--epochs", "0"], ["demo", "--epochs", "x"], ["demo", "--sede", "1"]],
 )
 def test_wrong_words(words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -121,7 +122,9 @@ def test_the_directory_is_a_file(tmp_path, capsys):
 
 
 def test_without_scikit_learn(tmp_path):
-    code = "import sys; sys.modules['sklearn'] = None; from lamina.cli import main; sys.exit(main())"
+    code = (
+        "import sys; sys.modules['sklearn'] = None; from lamina.cli import main; sys.exit(main())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "demo", "--out", str(tmp_path / "out")],
         capture_output=True,

@@ -126,7 +126,10 @@ def test_names_as_in_torch(torch, row):
 def test_repr(torch, row):
     ours, theirs = row.build(nn), row.build(torch.nn)
     assert repr(ours) == repr(theirs)
-    nested = [m.Sequential(m.ReLU(), m.ModuleList([x, m.Tanh()])) for m, x in ((nn, ours), (torch.nn, theirs))]
+    nested = [
+        m.Sequential(m.ReLU(), m.ModuleList([layer, m.Tanh()]))
+        for m, layer in ((nn, ours), (torch.nn, theirs))
+    ]
     assert repr(nested[0]) == repr(nested[1])
 
 
@@ -147,7 +150,10 @@ def test_signature(torch, name):
     if expected and expected[0][0] == "args" and name not in ("Identity",):
         pytest.skip("torch's own signature says nothing")
     found = signature(getattr(nn, name))
-    if [p[1] for p in expected] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+    if [p[1] for p in expected] == [
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    ]:
         assert [p[1] for p in found] == [p[1] for p in expected]
     else:
         assert found == expected
@@ -184,8 +190,8 @@ def test_distributions(torch, row):
     theirs = getattr(torch.nn, row.name)(*row.large, **row.options)
     for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         a, b = np.asarray(p.data), q.detach().numpy()
-        if a.size < 100:
-            np.testing.assert_array_equal(np.unique(a), np.unique(b)) if len(np.unique(b)) == 1 else None
+        if len(np.unique(b)) == 1:
+            np.testing.assert_array_equal(np.unique(a), np.unique(b), err_msg=name)
         assert abs(a.mean() - b.mean()) < 6 * (b.std() + 1e-12) / np.sqrt(a.size), name
         tolerance = 6 / np.sqrt(a.size)
         assert abs(a.std() - b.std()) <= tolerance * b.std() + 1e-12, name
@@ -290,10 +296,8 @@ def test_jit_equals_eager_and_numpy_equals_jax(row):
         close(found, expected)
         for name, value in net.state_dict().items():
             close(twin.state_dict()[name], value, name)
-        lamina.manual_seed(0)
-        expected = net(*map(jnp.asarray, arrays))
-        lamina.manual_seed(0)
-        close(lamina.jit(lambda *xs: twin(*xs))(*arrays), expected)
+    # In evaluation mode, so that the buffers of the two stay the same.
+    close(lamina.jit(lambda *xs: twin(*xs))(*arrays), net(*map(jnp.asarray, arrays)))
 
 
 @chosen(lambda row: row.lazy)
@@ -427,7 +431,7 @@ def test_ties(row):
     assert twin[0].weight is twin[1].weight
 
 
-@every_row
+@every_class
 def test_under_vmap_and_remat(row):
     net = row.build(nn).eval()
     arrays = drawn(row)
@@ -442,7 +446,7 @@ def test_errors_name_the_path(row):
     net = nn.Sequential(nn.Sequential(row.build(nn)))
     if row.name == "Identity":
         return
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011
+    with pytest.raises(Exception) as caught:  # noqa: PT011
         net(object())
     text = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
     assert "in module '0.0': " + repr(net[0][0]).splitlines()[0] in text

@@ -38,7 +38,10 @@ ALGORITHMS = {
         optax.sgd(0.1, momentum=0.9, nesterov=True),
     ),
     "adam": (lambda o, p: o.Adam(p, lr=0.05), optax.adam(0.05)),
-    "adamw": (lambda o, p: o.AdamW(p, lr=0.05, weight_decay=0.1), optax.adamw(0.05, weight_decay=0.1)),
+    "adamw": (
+        lambda o, p: o.AdamW(p, lr=0.05, weight_decay=0.1),
+        optax.adamw(0.05, weight_decay=0.1),
+    ),
 }
 
 
@@ -123,7 +126,10 @@ def test_tied_parameters_have_one_state():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
     opt = lamina.Optimizer(net, optax.adam(0.05))
-    assert sorted(k for k in opt.state_dict() if "weight" in k) == ["0.mu.0.weight", "0.nu.0.weight"]
+    assert sorted(k for k in opt.state_dict() if "weight" in k) == [
+        "0.mu.0.weight",
+        "0.nu.0.weight",
+    ]
     train(net, opt)
     assert net[1].weight is net[0].weight
 
@@ -367,7 +373,9 @@ def test_no_gradients():
 
 
 def test_wrong_arguments():
-    with pytest.raises(TypeError, match=r"expected a module, got generator[\s\S]*requires_grad_\(False\)"):
+    with pytest.raises(
+        TypeError, match=r"expected a module, got generator[\s\S]*requires_grad_\(False\)"
+    ):
         lamina.Optimizer(mlp().parameters(), optax.sgd(0.1))
     with pytest.raises(TypeError, match="expected an optax transformation, got float"):
         lamina.Optimizer(mlp(), 0.1)

@@ -17,7 +17,7 @@ SIZE = 2
 settings = hypothesis.settings(
     max_examples=25, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
 )
-few = hypothesis.settings(settings, max_examples=8)
+few = hypothesis.settings(settings, max_examples=5)
 
 LEAVES = ("linear", "plain", "norm", "relu", "again")
 TREES = st.recursive(
@@ -64,9 +64,11 @@ def make(m, tree, made=None):
 def run(net, x):
     """Call all leaves in order."""
     for module in net.modules():
-        if not list(module.children()) and not isinstance(
-            module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-        ) and type(module) is not nn.Module:
+        if (
+            not list(module.children())
+            and not isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+            and type(module) is not nn.Module
+        ):
             x = module(x)
     return x
 

@@ -12,6 +12,7 @@ from . import io, nn, show
 from ._core import errors
 from ._core.materialize import infer, materialize
 from ._core.random import Generator, manual_seed, next_key, rng
+from ._version import __version__ as __version__
 from .func import (
     backward,
     functional_call,
@@ -24,23 +25,27 @@ from .func import (
     value_and_grad,
     vmap,
 )
-from .io import load, open, save
+from .interchange import export, export_onnx, load_exported
+from .io import Checkpoints, load, load_into, open, save
 from .optim import Optimizer
 from .show import summary
 
-__version__ = "0.1.0"
-
 __all__ = [
+    "Checkpoints",
     "Generator",
     "Optimizer",
     "backward",
     "errors",
+    "export",
+    "export_onnx",
     "functional_call",
     "grad",
     "infer",
     "io",
     "jit",
     "load",
+    "load_exported",
+    "load_into",
     "manual_seed",
     "materialize",
     "next_key",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +11,10 @@ from typing import NamedTuple
 
 import jax
 
-from . import __version__, demo
+from . import demo
 from ._core.errors import LaminaError
+from ._version import __version__
+from .io.commands import add_commands
 
 __all__ = ["main"]
 
@@ -46,13 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Example:
         >>> from lamina.cli import main
-        >>> main([])
+        >>> main([])  # doctest: +ELLIPSIS
         usage: lamina [-h] [--version] COMMAND ...
-        ...
         2
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows ? for it
     parser = _parser()
     options = parser.parse_args(argv)
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        return COMMANDS[options.command].run(options)
+        return options.run(options)
     except KeyboardInterrupt:
         print("lamina: interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -79,9 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
-        command.add_arguments(
-            commands.add_parser(name, help=command.help, description=command.help.capitalize())
-        )
+        sub = commands.add_parser(name, help=command.help, description=command.help.capitalize())
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    add_commands(commands)
     return parser
 
 

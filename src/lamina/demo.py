@@ -248,9 +248,7 @@ def run(options: argparse.Namespace) -> int:
     """Run the demo; return the exit status."""
     _make_directory(options.out)
     piped = not sys.stdout.isatty()
-    console = Console(
-        quiet=options.quiet, highlight=False, width=_PIPED_WIDTH if piped else None
-    )
+    console = Console(quiet=options.quiet, highlight=False, width=_PIPED_WIDTH if piped else None)
     started = time.perf_counter()
     manual_seed(options.seed)
     data = digits()
@@ -294,7 +292,7 @@ def _introduce(console: Console, data: Digits, seed: int) -> None:
 
 
 def _show_shapes(console: Console, conv: Module, plain: Module) -> None:
-    _title(console, 2, "Two models, no sizes given", 'nn.LazyConv2d(16, 5), nn.LazyLinear(64) ...')
+    _title(console, 2, "Two models, no sizes given", "nn.LazyConv2d(16, 5), nn.LazyLinear(64) ...")
     console.print("  Sizes that nobody knows yet are shown as ?; no memory is used.\n")
     _table(console, summary(conv))
     for net in (conv, plain):
@@ -316,7 +314,10 @@ def _initialise(console: Console, conv: Module, plain: Module) -> None:
         "*.bias": nn.init.Zeros(),
     }
     _table(console, nn.init.rules(conv, rules))
-    nn.init.rules(plain, {nn.Linear: nn.init.XavierUniform(), "*.bias": nn.init.Zeros()})
+    console.print()
+    # Small at first, the first layer's weights show what they learn, not what they were.
+    by_name = {"1.weight": nn.init.Normal(std=0.01), "*.bias": nn.init.Zeros()}
+    _table(console, nn.init.rules(plain, {nn.Linear: nn.init.XavierUniform(), **by_name}))
 
 
 def _table(console: Console, table: Any) -> None:
@@ -384,9 +385,7 @@ class _Files:
     names: int
 
 
-def _save_and_load(
-    console: Console, conv: Any, plain: Any, data: Digits, directory: str
-) -> _Files:
+def _save_and_load(console: Console, conv: Any, plain: Any, data: Digits, directory: str) -> _Files:
     _title(console, 7, "Saved, and loaded into fresh clones", "lamina.save, lamina.load")
     files = _Files([], [], len(conv.state_dict()) + len(plain.state_dict()))
     for net, name in ((conv, "conv"), (plain, "mlp")):
@@ -395,7 +394,7 @@ def _save_and_load(
             save(net, path)
         fresh = net.clone().eval()
         before = _agreement(net, fresh, data)
-        fresh.load_state_dict(load(path))
+        fresh.load_state_dict(load(path, numpy=True))  # with the 64-bit counters of the file
         _prove_equal(net, fresh, path)
         after = _agreement(net, fresh, data)
         console.print(
@@ -404,13 +403,13 @@ def _save_and_load(
         )
         files.models.append(path)
     pictures = {
-        "filters.png": conv[0].weight,
+        "filters.png": conv[0].weight.data,
         "templates.png": plain[1].weight.data.reshape(-1, 8, 8),
     }
     for name, values in pictures.items():
         path = os.path.join(directory, name)
         with _undisturbed():
-            save_image(values, path)
+            save_image(values, path, limit=float(np.quantile(np.abs(values), 0.99)))
         files.pictures.append(path)
     return files
 

@@ -25,7 +25,9 @@ SEQUENTIAL = {
     "empty": lambda m: m.Sequential(),
     "append": lambda m: m.Sequential(m.ReLU()).append(m.Linear(1, 1)),
     "extend": lambda m: m.Sequential(m.ReLU()).extend([m.Tanh(), m.Linear(1, 1)]),
-    "extend by sequential": lambda m: m.Sequential(m.ReLU()).extend(m.Sequential(m.Tanh(), m.Tanh())),
+    "extend by sequential": lambda m: m.Sequential(m.ReLU()).extend(
+        m.Sequential(m.Tanh(), m.Tanh())
+    ),
     "insert": lambda m: m.Sequential(m.ReLU(), m.Tanh()).insert(1, m.Linear(1, 1)),
     "insert first": lambda m: m.Sequential(m.ReLU()).insert(0, m.Linear(1, 1)),
     "insert negative": lambda m: m.Sequential(m.ReLU(), m.Tanh()).insert(-1, m.Linear(1, 1)),
@@ -110,7 +112,9 @@ def test_deleting_from_a_named_sequential(torch):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("method", ["keys", "values", "items", "clear", "pop", "update", "contains", "del"])
+@pytest.mark.parametrize(
+    "method", ["keys", "values", "items", "clear", "pop", "update", "contains", "del"]
+)
 def test_module_dict_methods(torch, method):
     def run(m):
         net = m.ModuleDict({"b": m.ReLU(), "a": m.Linear(1, 1)})
@@ -191,7 +195,13 @@ def test_parameter_list(torch):
         net.extend([m.Parameter(ones * 3)])
         net += [m.Parameter(ones * 4)]
         net[1] = m.Parameter(ones * 9)
-        return len(net), names(net), list(net.state_dict()), [float(p.sum().item()) for p in net], len(net[1:3])
+        return (
+            len(net),
+            names(net),
+            list(net.state_dict()),
+            [float(p.sum().item()) for p in net],
+            len(net[1:3]),
+        )
 
     assert run(nn, jnp.ones(2)) == run(torch.nn, torch.ones(2))
 

@@ -81,7 +81,9 @@ def test_every_first_call_infers(call):
     assert net[3].weight.shape == (2, 4)
     assert [type(m).__name__ for m in net] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert net[3].in_features == 4
-    assert not any(isinstance(b._value, jax.core.Tracer) for b in [*net.parameters(), *net.buffers()])
+    assert not any(
+        isinstance(b._value, jax.core.Tracer) for b in [*net.parameters(), *net.buffers()]
+    )
     assert np.isfinite(np.asarray(net.eval()(X))).all()
 
 
@@ -179,7 +181,9 @@ def test_custom_layer_without_the_method():
             return x * self.weight.reshape(1, -1)
 
     net = nn.Sequential(Forgot())
-    with pytest.raises(DeferredError, match=r"0: the sizes of weight are unknown and Forgot does not say"):
+    with pytest.raises(
+        DeferredError, match=r"0: the sizes of weight are unknown and Forgot does not say"
+    ):
         net(X)
 
 
@@ -213,7 +217,11 @@ def test_parts_made_in_infer_shapes():
         def forward(self, x):
             return self.inner(x * self.weight.reshape(1, -1))
 
-    for call in (lambda net: net(X), lambda net: lamina.infer(net, X), lambda net: lamina.jit(net)(X)):
+    for call in (
+        lambda net: net(X),
+        lambda net: lamina.infer(net, X),
+        lambda net: lamina.jit(net)(X),
+    ):
         net = Late()
         try:
             call(net)

@@ -79,7 +79,9 @@ def test_arrays_are_written_into_parameters():
     assert not box.any()
     net.weight = np.ones((2, 3), np.float32)
     assert float(box.sum()) == 6
-    with pytest.raises(ShapeError, match=r"parameter 'weight': expected shape \(2, 3\), got \(3, 2\)"):
+    with pytest.raises(
+        ShapeError, match=r"parameter 'weight': expected shape \(2, 3\), got \(3, 2\)"
+    ):
         net.weight = jnp.zeros((3, 2))
     with pytest.raises(TypeError, match="expected dtype float32, got int32"):
         net.weight = jnp.zeros((2, 3), jnp.int32)
@@ -99,7 +101,9 @@ def test_none_takes_a_parameter_away():
     net.bias = None
     assert net.bias is None
     assert list(net.state_dict()) == ["weight"]
-    with pytest.raises(TypeError, match=r"Linear\.bias is a parameter set to None; assign an nn\.Parameter"):
+    with pytest.raises(
+        TypeError, match=r"Linear\.bias is a parameter set to None; assign an nn\.Parameter"
+    ):
         net.bias = jnp.zeros(2)
     net.bias = nn.Parameter(jnp.zeros(2))
     assert list(net.state_dict()) == ["weight", "bias"]
@@ -151,7 +155,13 @@ def test_lists_that_fill_up_later_are_registered_in_their_place():
                 self.layers.append(nn.Linear(1, 1, bias=False))
             self.table["a"] = nn.Linear(1, 1, bias=False)
 
-    expected = ["before.weight", "layers.0.weight", "layers.1.weight", "table.a.weight", "after.weight"]
+    expected = [
+        "before.weight",
+        "layers.0.weight",
+        "layers.1.weight",
+        "table.a.weight",
+        "after.weight",
+    ]
     assert list(Later().state_dict()) == expected
     assert [name for name, _ in Later().named_parameters()] == expected
     assert sum(1 for _ in Later().parameters()) == 5
@@ -181,9 +191,13 @@ def test_list_that_stays_alive_elsewhere():
 
 def test_mixed_lists_are_refused():
     net = nn.Module()
-    with pytest.raises(TypeError, match=r"Module\.parts: a list of Linear, int; modules or parameters in it"):
+    with pytest.raises(
+        TypeError, match=r"Module\.parts: a list of Linear, int; modules or parameters in it"
+    ):
         net.parts = [nn.Linear(1, 1), 3]
-    with pytest.raises(TypeError, match=r"names of modules and parameters are strings, got the keys \[1\]"):
+    with pytest.raises(
+        TypeError, match=r"names of modules and parameters are strings, got the keys \[1\]"
+    ):
         net.parts = {1: nn.Linear(1, 1)}
 
 
@@ -213,7 +227,9 @@ def test_registering_the_wrong_kind():
 
 
 def test_unknown_attribute_has_a_hint():
-    with pytest.raises(AttributeError, match=r"'Linear' object has no attribute 'wieght'\. Did you mean 'weight'"):
+    with pytest.raises(
+        AttributeError, match=r"'Linear' object has no attribute 'wieght'\. Did you mean 'weight'"
+    ):
         nn.Linear(1, 1).wieght  # noqa: B018
 
 
@@ -296,7 +312,9 @@ def test_paths():
     assert net.get_buffer("mask") is net.mask
     with pytest.raises(AttributeError, match=r"no submodule 'cnov\.0'\. Did you mean 'conv\.0'"):
         net.get_submodule("cnov.0")
-    with pytest.raises(AttributeError, match=r"no parameter 'head\.wieght'\. Did you mean 'head\.weight'"):
+    with pytest.raises(
+        AttributeError, match=r"no parameter 'head\.wieght'\. Did you mean 'head\.weight'"
+    ):
         net.get_parameter("head.wieght")
     with pytest.raises(AttributeError, match="no buffer 'scale'"):
         net.get_buffer("scale")

@@ -76,7 +76,9 @@ def test_not_strict_reports_as_torch(torch):
     theirs = torch.nn.Linear(3, 2).load_state_dict(to_torch(torch, state), strict=False)
     assert ours.missing_keys == theirs.missing_keys == ["bias"]
     assert ours.unexpected_keys == theirs.unexpected_keys == ["extra"]
-    assert repr(ours).replace("IncompatibleKeys", "") == repr(theirs).replace("_IncompatibleKeys", "")
+    assert repr(ours).replace("IncompatibleKeys", "") == repr(theirs).replace(
+        "_IncompatibleKeys", ""
+    )
 
 
 @pytest.mark.parity
@@ -103,7 +105,9 @@ def test_extra_state(torch):
     twin.load_state_dict(ours.state_dict())
     assert twin.version == 9
     with pytest.raises(LoadError, match="missing: _extra_state"):
-        twin.load_state_dict({"fc.weight": np.ones((1, 1), np.float32), "fc.bias": np.ones(1, np.float32)})
+        twin.load_state_dict(
+            {"fc.weight": np.ones((1, 1), np.float32), "fc.bias": np.ones(1, np.float32)}
+        )
 
 
 # Snapshots.
@@ -134,7 +138,8 @@ def test_keep_vars():
 def test_deferred_names_are_listed():
     net = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
     with pytest.raises(
-        DeferredError, match=r"0\.weight: \(4, \?\)[\s\S]*1\.running_mean: \(\?,\)[\s\S]*lamina\.infer"
+        DeferredError,
+        match=r"0\.weight: \(4, \?\)[\s\S]*1\.running_mean: \(\?,\)[\s\S]*lamina\.infer",
     ):
         net.state_dict()
 
@@ -172,7 +177,9 @@ def test_two_values_for_a_tie_are_refused():
     state = dict(net.state_dict())
     state["1.weight"] = state["1.weight"] + 1
     before = np.array(net[0].weight.data)
-    with pytest.raises(LoadError, match=r"1\.weight: tied to 0\.weight, but the state dict holds two"):
+    with pytest.raises(
+        LoadError, match=r"1\.weight: tied to 0\.weight, but the state dict holds two"
+    ):
         net.load_state_dict(state)
     np.testing.assert_array_equal(net[0].weight.data, before)
 
@@ -219,8 +226,12 @@ def test_shapes_are_checked_also_when_not_strict():
 
 
 def test_not_strict_with_nothing_in_common():
-    with pytest.raises(LoadError, match=r"none of the 1 names in the state dict belongs to the model"):
-        nn.Linear(3, 2).load_state_dict({"module.weight": np.ones((2, 3), np.float32)}, strict=False)
+    with pytest.raises(
+        LoadError, match=r"none of the 1 names in the state dict belongs to the model"
+    ):
+        nn.Linear(3, 2).load_state_dict(
+            {"module.weight": np.ones((2, 3), np.float32)}, strict=False
+        )
 
 
 def test_not_a_mapping():
@@ -318,17 +329,21 @@ def test_custom_load():
 def test_hooks_as_in_torch(torch):
     def run(m, value):
         net, log = m.Sequential(m.Linear(1, 1)), []
-        net.register_state_dict_pre_hook(lambda mod, prefix, keep: log.append(("pre", prefix, keep)))
+        net.register_state_dict_pre_hook(
+            lambda mod, prefix, keep: log.append(("pre", prefix, keep))
+        )
         net.register_state_dict_post_hook(
             lambda mod, state, prefix, meta: log.append(("post", list(state), prefix))
         )
         net[0].register_load_state_dict_pre_hook(
             lambda mod, state, prefix, *rest: log.append(("load pre", prefix, sorted(state)))
         )
-        net.register_load_state_dict_post_hook(
-            lambda mod, keys: (log.append(("load post", list(keys.missing_keys))), keys.missing_keys.clear())
-            and None
-        )
+
+        def forgive(module, keys):
+            log.append(("load post", list(keys.missing_keys)))
+            keys.missing_keys.clear()
+
+        net.register_load_state_dict_post_hook(forgive)
         net.state_dict()
         net.load_state_dict({"0.weight": value})
         return log

@@ -81,7 +81,11 @@ def test_ties(torch):
 def test_modules_as_arguments_and_aux():
     net = nn.Linear(3, 1)
     loss, aux = lamina.backward(
-        lambda net, x, *, k: (net(x).sum() * k, {"name": "n", "out": net(x)}), net, X, k=2, has_aux=True
+        lambda net, x, *, k: (net(x).sum() * k, {"name": "n", "out": net(x)}),
+        net,
+        X,
+        k=2,
+        has_aux=True,
     )
     assert aux["name"] == "n"
     np.testing.assert_allclose(loss, 2 * aux["out"].sum(), rtol=1e-5)

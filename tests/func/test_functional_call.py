@@ -26,7 +26,9 @@ def test_uses_the_values_and_leaves_the_module_alone():
         np.testing.assert_array_equal(value, before[name])
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit, lamina.jit], ids=["eager", "jax", "lamina"])
+@pytest.mark.parametrize(
+    "transform", [lambda f: f, jax.jit, lamina.jit], ids=["eager", "jax", "lamina"]
+)
 def test_under_transforms(transform):
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     params = values(net)
@@ -71,9 +73,7 @@ def test_ties_as_in_torch(torch):
     theirs[1].weight = theirs[0].weight
     new, x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), np.ones((1, 2), np.float32)
     for name in ("0.weight", "1.weight"):
-        expected = torch.func.functional_call(
-            theirs, {name: torch.tensor(new)}, torch.tensor(x)
-        )
+        expected = torch.func.functional_call(theirs, {name: torch.tensor(new)}, torch.tensor(x))
         np.testing.assert_allclose(
             lamina.functional_call(ours, {name: new}, x), expected.detach().numpy()
         )

@@ -64,7 +64,7 @@ def test_grad_is_the_second_half():
 
 def test_aux():
     net = mlp()
-    (loss, aux), grads = lamina.value_and_grad(
+    (_, aux), grads = lamina.value_and_grad(
         lambda net: (loss_of(net), {"out": net(X), "name": "mlp", "net": net}), has_aux=True
     )(net)
     np.testing.assert_allclose(aux["out"], net(X), rtol=1e-5)
@@ -87,9 +87,7 @@ def test_argnums():
     both = lamina.grad(f, argnums=(1, 2))(X, net, scale)
     np.testing.assert_allclose(both[1]["s"], net(X).sum(), rtol=1e-5)
     assert list(both[0]) == [name for name, _ in net.named_parameters()]
-    np.testing.assert_allclose(
-        by_x, jax.grad(lambda x: f(x, net, scale))(X), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(by_x, jax.grad(lambda x: f(x, net, scale))(X), rtol=1e-5, atol=1e-6)
 
 
 def test_lists_and_dicts_of_modules():
@@ -137,7 +135,9 @@ def test_wrt_parameters_also_frozen_ones():
 
 
 def test_wrt_nothing():
-    with pytest.raises(RuleError, match=r"wrt='2\.wieght' selects none[\s\S]*Did you mean '2\.weight'"):
+    with pytest.raises(
+        RuleError, match=r"wrt='2\.wieght' selects none[\s\S]*Did you mean '2\.weight'"
+    ):
         lamina.grad(loss_of, wrt="2.wieght")(mlp())
 
 
@@ -206,7 +206,7 @@ def test_second_derivative():
     net.weight.data = jnp.ones((1, 3))
 
     def outer(net):
-        inner = lamina.grad(lambda net: (net.weight.data ** 3).sum())(net)
+        inner = lamina.grad(lambda net: (net.weight.data**3).sum())(net)
         return inner["weight"].sum()
 
     np.testing.assert_allclose(lamina.grad(outer)(net)["weight"], np.full((1, 3), 6.0))
@@ -246,7 +246,8 @@ def test_plain_grad_with_a_write_is_refused():
 
     net = nn.Sequential(Remembers())
     with pytest.raises(
-        ForeignTransformError, match=r"buffer '0\.last' is written under a plain JAX[\s\S]*lamina\.grad"
+        ForeignTransformError,
+        match=r"buffer '0\.last' is written under a plain JAX[\s\S]*lamina\.grad",
     ):
         jax.grad(net)(X)
     assert not net[0].last.any()

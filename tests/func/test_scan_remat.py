@@ -143,7 +143,9 @@ def test_constants_in_carry_and_output():
 # remat.
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, lambda net: (lambda x: net(x))], ids=["module", "fn"])
+@pytest.mark.parametrize(
+    "wrap", [lambda net: net, lambda net: lambda x: net(x)], ids=["module", "fn"]
+)
 def test_remat_equals_plain(wrap):
     lamina.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
@@ -300,7 +302,9 @@ def test_write_in_a_plain_scan_is_refused():
 )
 def test_plain_compilation_of_a_module_is_refused(transform):
     net = nn.Linear(3, 2)
-    with pytest.raises(ForeignTransformError, match=r"plain JAX transform[\s\S]*lamina\.jit[\s\S]*functional_call"):
+    with pytest.raises(
+        ForeignTransformError, match=r"plain JAX transform[\s\S]*lamina\.jit[\s\S]*functional_call"
+    ):
         transform(net)(XS)
 
 
@@ -321,7 +325,9 @@ def test_writes_under_plain_jit_are_refused(write):
             nn.functional.dropout(x)
         return x
 
-    with pytest.raises(ForeignTransformError, match=r"plain JAX transform[\s\S]*right:  lamina\.jit"):
+    with pytest.raises(
+        ForeignTransformError, match=r"plain JAX transform[\s\S]*right:  lamina\.jit"
+    ):
         jax.jit(f)(jnp.ones(2))
     assert int(net.count) == 0
     assert (lamina.next_key() == key).all()

@@ -92,7 +92,9 @@ def test_dropout_goes_on_between_calls():
 
 def test_writing_a_shared_box_differently_is_refused():
     net = nn.BatchNorm1d(3)
-    with pytest.raises(ForeignTransformError, match=r"lanes of lamina\.vmap[\s\S]*running_mean[\s\S]*stack"):
+    with pytest.raises(
+        ForeignTransformError, match=r"lanes of lamina\.vmap[\s\S]*running_mean[\s\S]*stack"
+    ):
         lamina.vmap(lambda x: net(x))(jax.random.normal(jax.random.key(0), (2, 4, 3)))
     assert int(net.num_batches_tracked) == 0
 
@@ -118,9 +120,7 @@ def test_unshaped_module():
 def test_vmap_in_jit_in_grad():
     net = nn.Linear(3, 1)
     f = lamina.jit(lambda net: lamina.vmap(net)(X).sum())
-    np.testing.assert_allclose(
-        lamina.grad(f)(net)["weight"], X.sum(0, keepdims=True), rtol=1e-5
-    )
+    np.testing.assert_allclose(lamina.grad(f)(net)["weight"], X.sum(0, keepdims=True), rtol=1e-5)
 
 
 def test_axis_size_without_mapped_arguments():
@@ -169,7 +169,7 @@ def test_plain_vmap_with_a_constant_write_is_refused():
     try:
         jax.vmap(f)(X)
     except ForeignTransformError:
-        assert int(net.calls) == 0  # noqa: PT017
+        assert int(net.calls) == 0
     else:
         assert int(net.calls) == 1
 
@@ -206,7 +206,8 @@ def test_stack_keeps_ties():
 
 def test_stack_lists_all_differences():
     with pytest.raises(
-        ShapeError, match=r"bias: only in model 0[\s\S]*weight: \(2, 3\) in model 0, \(4, 3\) in model 1"
+        ShapeError,
+        match=r"bias: only in model 0[\s\S]*weight: \(2, 3\) in model 0, \(4, 3\) in model 1",
     ):
         lamina.stack([nn.Linear(3, 2), nn.Linear(3, 4, bias=False)])
     with pytest.raises(ValueError, match="at least one model"):

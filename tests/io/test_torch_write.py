@@ -145,11 +145,12 @@ def test_ties_by_name(path, torch):
     [
         ({"x": "nothing"}, "'nothing', the name of 'x', is no array"),
         ({"other.x": "model.w"}, "'other.x' is not in the object"),
+        ({"model.v": "model.w"}, r"'model.v' has shape \(3,\), but 'model.w' has \(2,\)"),
     ],
 )
 def test_ties_that_cannot_be(ties, message, path):
     with pytest.raises(TypeMismatchError, match=message):
-        save_torch({"model": {"w": np.ones(2)}}, path, ties=ties)
+        save_torch({"model": {"w": np.ones(2), "v": np.ones(3)}}, path, ties=ties)
 
 
 @pytest.mark.parity

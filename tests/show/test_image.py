@@ -135,7 +135,7 @@ def test_what_is_no_picture_is_refused(tmp_path, shape):
 
 
 def test_options_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="scale and columns >= 1, got 0"):
+    with pytest.raises(ValueError, match="expected scale >= 1, got 0"):
         save_image(np.zeros((2, 2)), tmp_path / "a.png", scale=0)
 
 

@@ -260,9 +260,7 @@ class TestFlops:
         assert table.rows[0].output == "(3, 7)"
 
     def test_the_sum_is_what_xla_counts_for_the_whole(self):
-        net = nn.Sequential(
-            lazy_net()[:4], nn.Flatten(), Residual(36), nn.LazyLinear(5)
-        )
+        net = nn.Sequential(lazy_net()[:4], nn.Flatten(), Residual(36), nn.LazyLinear(5))
         x = spec(2, 4, 6, 6)
         table = summary(net, x)
         assert table.flops == counted_whole(net, x)
@@ -419,13 +417,20 @@ class TestShapes:
 
     @pytest.mark.parametrize(
         ("count", "text"),
-        [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (2**30, "1.00 GiB"), (2**50, "1024 TiB")],
+        [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1536, "1.50 KiB"),
+            (2**30, "1.00 GiB"),
+            (2**50, "1024 TiB"),
+        ],
     )
     def test_bytes(self, count, text):
         assert format_bytes(count) == text
 
     @pytest.mark.parametrize(
-        ("count", "text"), [(0, "0"), (999, "999"), (1234, "1.23 k"), (56.7e6, "56.7 M"), (4e18, "4.00 E")]
+        ("count", "text"),
+        [(0, "0"), (999, "999"), (1234, "1.23 k"), (56.7e6, "56.7 M"), (4e18, "4.00 E")],
     )
     def test_counts(self, count, text):
         assert format_count(count) == text

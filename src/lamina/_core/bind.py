@@ -59,9 +59,14 @@ class _State(threading.local):
         self.inferring = False
 
 
+def trace_state() -> Any:
+    """Return a mark of the JAX trace that is open now; equal marks mean the same trace."""
+    return get_opaque_trace_state(convention="lamina")
+
+
 STATE = _State()
 _SERIAL = itertools.count(1)
-_CLEAN = get_opaque_trace_state(convention="lamina")
+_CLEAN = trace_state()
 
 
 class Retry(BaseException):
@@ -110,7 +115,7 @@ class Frame:
         self.outer = (state.capture_level, state.jit_level, state.depth)
         state.frames.append(self)
         self.level = len(state.frames)
-        self.trace = get_opaque_trace_state(convention="lamina")
+        self.trace = trace_state()
         state.depth = 0
         if self.captures:
             state.capture_level = self.level
@@ -159,7 +164,7 @@ def note_read(box: Box) -> None:
     if box._level < state.capture_level:
         frame = state.frames[state.capture_level - 1]
         frame.captured[box] = None
-        if get_opaque_trace_state(convention="lamina") != state.frames[-1].trace:
+        if trace_state() != state.frames[-1].trace:
             frame.foreign[box] = None
         frame._own(box)
 
@@ -204,7 +209,7 @@ def placeholder(box: Box) -> Any:
     assert shape is not None
     value = jnp.zeros(shape, box.dtype)  # staged: no memory, no arithmetic
     frame = state.frames[-1]
-    if get_opaque_trace_state(convention="lamina") == frame.trace:
+    if trace_state() == frame.trace:
         frame._own(box)
         box._value = value
     return value
@@ -214,16 +219,14 @@ def store(box: Box, value: Any) -> None:
     """Write a checked value into a box, so that the write survives every lamina transform."""
     state = STATE
     if not state.frames:
-        if get_opaque_trace_state(convention="lamina") != _CLEAN and (
-            is_tracer(value) or staging()
-        ):
+        if trace_state() != _CLEAN and (is_tracer(value) or staging()):
             raise ForeignTransformError(_FOREIGN_WRITE.format(box=box._describe()))
         box._value = value
         box._exposed = value
         VERSION.exposed += 1
         return
     frame = state.frames[-1]
-    if get_opaque_trace_state(convention="lamina") != frame.trace:
+    if trace_state() != frame.trace:
         raise ForeignTransformError(
             _INNER_WRITE.format(box=box._describe(), kind=frame.kind, fix=_fix(frame.kind))
         )
@@ -256,7 +259,7 @@ def under_foreign_trace() -> bool:
     """Tell whether a plain JAX transform is recording, inside or outside of lamina's frames."""
     frames = STATE.frames
     around = frames[-1].trace if frames else _CLEAN
-    return get_opaque_trace_state(convention="lamina") != around and staging()
+    return trace_state() != around and staging()
 
 
 def called_by_jax(depth: int) -> bool:

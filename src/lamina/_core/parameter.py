@@ -11,7 +11,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,12 @@ from .errors import (
     TypeMismatchError,
     format_shape,
 )
+from .operators import Operators
+from .shapes import Shape, as_sharding, canonical, check_shape, weakest
 from .walk import describe
 
-__all__ = ["Box", "Buffer", "Parameter", "Recipe", "array"]
+__all__ = ["Box", "Buffer", "Parameter", "Recipe", "array", "as_sharding", "canonical"]
 
-Shape = tuple[int | None, ...]
 Recipe = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
@@ -41,7 +42,7 @@ class _Maker(Protocol):
     def seed(self) -> Any: ...
 
 
-class Box:
+class Box(Operators):
     """A mutable holder of one array, with its shape, dtype, recipe and sharding.
 
     Use :class:`Parameter` or :class:`Buffer`.
@@ -55,10 +56,10 @@ class Box:
         "__weakref__",
         "_dtype",
         "_exposed",
+        "_gradient_of",
         "_init",
         "_init_is_default",
         "_level",
-        "_gradient_of",
         "_owners",
         "_requires_grad",
         "_seed",
@@ -254,7 +255,7 @@ class Box:
             isinstance(value, (list, tuple)) and not _has_array(value)
         ):
             host = np.asarray(value)
-            if not np.can_cast(_weakest(host.dtype), dtype, "same_kind"):
+            if not np.can_cast(weakest(host.dtype), dtype, "same_kind"):
                 raise TypeMismatchError(self._mismatch("dtype", dtype, host.dtype))
             value = host.astype(dtype)
         result = value if isinstance(value, jax.Array) else jnp.asarray(value)
@@ -398,7 +399,7 @@ class Box:
 
     def __setitem__(self, index: Any, value: Any) -> None:
         value = array(value)
-        if not np.can_cast(_weakest(value.dtype), np.dtype(self.dtype), "same_kind"):
+        if not np.can_cast(weakest(value.dtype), np.dtype(self.dtype), "same_kind"):
             raise TypeMismatchError(self._mismatch("dtype", self.dtype, value.dtype))
         self._write(self._read().at[_plain(index)].set(value.astype(self.dtype)))
 
@@ -438,29 +439,6 @@ class Box:
 
     def __hash__(self) -> int:
         return id(self)
-
-    if TYPE_CHECKING:  # the operators are defined below, all in the same way
-
-        def __add__(self, other: Any) -> jax.Array: ...
-        def __sub__(self, other: Any) -> jax.Array: ...
-        def __mul__(self, other: Any) -> jax.Array: ...
-        def __truediv__(self, other: Any) -> jax.Array: ...
-        def __pow__(self, other: Any) -> jax.Array: ...
-        def __matmul__(self, other: Any) -> jax.Array: ...
-        def __radd__(self, other: Any) -> jax.Array: ...
-        def __rsub__(self, other: Any) -> jax.Array: ...
-        def __rmul__(self, other: Any) -> jax.Array: ...
-        def __rtruediv__(self, other: Any) -> jax.Array: ...
-        def __rmatmul__(self, other: Any) -> jax.Array: ...
-        def __iadd__(self, other: Any) -> Self: ...
-        def __isub__(self, other: Any) -> Self: ...
-        def __imul__(self, other: Any) -> Self: ...
-        def __itruediv__(self, other: Any) -> Self: ...
-        def __neg__(self) -> jax.Array: ...
-        def __lt__(self, other: Any) -> jax.Array: ...
-        def __le__(self, other: Any) -> jax.Array: ...
-        def __gt__(self, other: Any) -> jax.Array: ...
-        def __ge__(self, other: Any) -> jax.Array: ...
 
     # Copying keeps the value, the recipe and the flags; the copy belongs to nobody yet.
 
@@ -703,45 +681,6 @@ def array(value: Any) -> jax.Array:
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
 
 
-def canonical(dtype: Any) -> np.dtype:
-    """Return the dtype as JAX holds it: 64-bit types become 32-bit unless x64 is enabled."""
-    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
-
-
-def check_shape(shape: Any) -> Shape:
-    """Return ``shape`` as a tuple of non-negative ints and ``None``, or raise."""
-    dims = (shape,) if isinstance(shape, int) or shape is None else tuple(shape)
-    result = []
-    for dim in dims:
-        if dim is not None:
-            dim = operator.index(dim)
-            if dim < 0:
-                raise ShapeError(f"a shape has no negative sizes, got {dims}")
-        result.append(dim)
-    return tuple(result)
-
-
-def as_sharding(place: Any) -> Any:
-    """Return a device, a platform name (``"cpu"``) or a sharding as a ``jax.sharding.Sharding``."""
-    if isinstance(place, str):
-        name, _, index = place.partition(":")
-        place = jax.devices({"cuda": "gpu"}.get(name, name))[int(index or 0)]
-    if isinstance(place, jax.Device):
-        return jax.sharding.SingleDeviceSharding(place)
-    return place
-
-
-def _weakest(dtype: Any) -> np.dtype:
-    """Return the narrowest dtype of a kind, so that a cast within the kind is always allowed."""
-    if jnp.issubdtype(dtype, jnp.floating):
-        return np.dtype(np.float16)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return np.dtype(np.complex64)
-    if jnp.issubdtype(dtype, jnp.bool_):
-        return np.dtype(np.bool_)
-    return np.dtype(np.int8)
-
-
 def _has_array(value: Any) -> bool:
     return any(isinstance(leaf, (Box, jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value))
 
@@ -751,51 +690,6 @@ def _plain(index: Any) -> Any:
         return tuple(_plain(part) for part in index)
     return index._read() if isinstance(index, Box) else index
 
-
-def _binary(function: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-    def forward(self: Box, other: Any) -> Any:
-        return function(self._read(), other._read() if isinstance(other, Box) else other)
-
-    def backward(self: Box, other: Any) -> Any:
-        return function(other, self._read())
-
-    return forward, backward
-
-
-def _in_place(function: Callable[[Any, Any], Any]) -> Any:
-    def update(self: Box, other: Any) -> Box:
-        self._write(function(self._read(), other._read() if isinstance(other, Box) else other))
-        return self
-
-    return update
-
-
-def _unary(function: Callable[[Any], Any]) -> Any:
-    return lambda self: function(self._read())
-
-
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-):
-    _function = getattr(operator, f"__{_name}__")
-    _forward, _backward = _binary(_function)
-    setattr(Box, f"__{_name}__", _forward)
-    setattr(Box, f"__r{_name}__", _backward)
-    setattr(Box, f"__i{_name}__", _in_place(_function))
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(Box, f"__{_name}__", _binary(getattr(operator, f"__{_name}__"))[0])
-for _name in ("neg", "pos", "abs", "invert"):
-    setattr(Box, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
 
 for _class in (Parameter, Buffer):
     jax.tree_util.register_pytree_node(

@@ -224,10 +224,10 @@ class PartsMixin:
         What has no value yet gets it with the new dtype, at the new place.
         """
         for target in targets:
-            if isinstance(target, (str, jax.Device, jax.sharding.Sharding)):
+            if isinstance(target, str) and target in _DTYPE_NAMES:
+                dtype = target
+            elif isinstance(target, (str, jax.Device, jax.sharding.Sharding)):
                 device = target
-                if isinstance(target, str) and target in _DTYPE_NAMES:
-                    device, dtype = None, target
             elif isinstance(target, (jax.Array, Box)):
                 dtype, device = target.dtype, target.sharding
             elif target is not None:

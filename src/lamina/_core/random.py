@@ -26,7 +26,8 @@ Seed = tuple[int, int]
 
 class _Words(Buffer):
     """A box of 32-bit words whose first array is made when it is read: importing lamina and
-    seeding start no JAX backend, so that ``jax.distributed`` can be set up afterwards."""
+    seeding start no JAX backend, so that ``jax.distributed`` can be set up afterwards.
+    """
 
     __slots__ = ("words",)
 

@@ -399,7 +399,7 @@ def _report(
     if strict:
         lines += [f"  missing: {name}{did_you_mean(name, unexpected)}" for name in missing]
         lines += [f"  unexpected: {name}{did_you_mean(name, names)}" for name in unexpected]
-    elif state and names and not any(name in state for name in names):
+    elif state and names and set(unexpected) >= set(state):
         lines.append(
             f"  none of the {len(state)} names in the state dict belongs to the model, for "
             f"instance {next(iter(state))!r}.{did_you_mean(next(iter(state)), names)}"

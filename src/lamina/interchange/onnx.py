@@ -44,11 +44,10 @@ def export_onnx(
         FileError: if the model has more than the 2 GiB that one ONNX file can hold.
 
     Example:
-        >>> import jax.numpy as jnp, os, tempfile
+        >>> import jax.numpy as jnp, lamina, os, tempfile
         >>> from lamina import nn
-        >>> from lamina.interchange import export_onnx
         >>> path = os.path.join(tempfile.mkdtemp(), "net.onnx")
-        >>> model = export_onnx(nn.Linear(3, 2), jnp.ones((4, 3)), path=path)  # doctest: +SKIP
+        >>> model = lamina.export_onnx(nn.Linear(3, 2), jnp.ones((4, 3)), path=path)  # doctest: +SKIP
 
     Source: https://github.com/enpasos/jax2onnx
     """

@@ -17,8 +17,14 @@ __all__ = ["mode", "prepare"]
 
 
 @contextlib.contextmanager
-def mode(net: Module, train: bool) -> Iterator[None]:
-    """Put ``net`` into evaluation mode inside the block, unless ``train``."""
+def mode(net: Any, train: bool) -> Iterator[None]:
+    """Put ``net`` into evaluation mode inside the block, unless ``train``.
+
+    Raises:
+        TypeError: if ``net`` is no module.
+    """
+    if not isinstance(net, Module):
+        raise TypeError(f"export: expected a module, got {type(net).__name__}")
     before = [(module, module.training) for module in net.modules()]
     if not train:
         net.eval()
@@ -30,7 +36,7 @@ def mode(net: Module, train: bool) -> Iterator[None]:
                 module.training = training
 
 
-def prepare(net: Any, specs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
+def prepare(net: Module, specs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, jax.Array]]:
     """Find out shapes that are not known yet, and collect all values.
 
     Args:
@@ -42,11 +48,8 @@ def prepare(net: Any, specs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str
         those that are not part of the state dict.
 
     Raises:
-        TypeError: if ``net`` is no module.
         DeferredError: if ``net`` has sizes that its inputs do not tell.
     """
-    if not isinstance(net, Module):
-        raise TypeError(f"export: expected a module, got {type(net).__name__}")
     shapes = jax.tree.map(abstractify, specs)
     boxes = walk(net).names
     if any(box._awaits_shapes and not box._is_free for box in boxes):

@@ -1,19 +1,28 @@
 """Reading and writing files: arrays, nested objects and models, and nothing is ever executed."""
 
-from lamina.io.diff import Difference, FileDiff, file_diff
-from lamina.io.native import load, open, save
-from lamina.io.stats import Stats, tensor_stats
-from lamina.io.tensorfile import TensorFile, TensorHandle
+from .checkpoints import Checkpoints, Restored
+from .diff import Difference, FileDiff, file_diff
+from .into import LoadReport, load_into
+from .native import load, open, save
+from .rename import Renaming, renamed
+from .stats import Stats, tensor_stats
+from .tensorfile import TensorFile, TensorHandle
 
 __all__ = [
+    "Checkpoints",
     "Difference",
     "FileDiff",
+    "LoadReport",
+    "Renaming",
+    "Restored",
     "Stats",
     "TensorFile",
     "TensorHandle",
     "file_diff",
     "load",
+    "load_into",
     "open",
+    "renamed",
     "save",
     "tensor_stats",
 ]

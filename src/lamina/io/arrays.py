@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamina._core.errors import FileError, TypeMismatchError
-from lamina.io.mounts import on_network
-from lamina.io.tensorfile import FileBytes, TensorHandle
+from .._core.errors import FileError, TypeMismatchError
+from .mounts import on_network
+from .tensorfile import FileBytes, TensorHandle
 
 __all__ = ["host_array", "is_array", "to_jax", "to_numpy"]
 
@@ -88,11 +88,19 @@ def to_numpy(
 
 def is_array(value: object) -> bool:
     """Whether ``value`` is stored as a tensor: an array, or something that gives one."""
-    if isinstance(value, jax.Array | np.ndarray):
-        return True
-    if isinstance(value, np.generic | type):
-        return False
-    return hasattr(value, "__jax_array__") or hasattr(value, "__array__")
+    kind = type(value)
+    known = _KINDS.get(kind)
+    if known is None:
+        # Asking whether something is a jax.Array is slow, so each type is asked once.
+        known = _KINDS[kind] = isinstance(value, jax.Array | np.ndarray) or (
+            not isinstance(value, np.generic | type)
+            and not hasattr(kind, "__lamina_tensors__")
+            and (hasattr(kind, "__jax_array__") or hasattr(kind, "__array__"))
+        )
+    return known
+
+
+_KINDS: dict[type, bool] = {}
 
 
 def host_array(value: Any, where: str) -> tuple[np.ndarray, str]:
@@ -110,11 +118,13 @@ def host_array(value: Any, where: str) -> tuple[np.ndarray, str]:
         TypeMismatchError: if the array has no plain elements, is traced, was deleted, or is spread
             over several processes.
     """
-    if not isinstance(value, jax.Array | np.ndarray) and hasattr(value, "__jax_array__"):
-        value = value.__jax_array__()
     prng = ""
+    is_jax = isinstance(value, jax.Array)
+    if not is_jax and hasattr(value, "__jax_array__"):
+        value = value.__jax_array__()
+        is_jax = True
     try:
-        if isinstance(value, jax.Array) and not isinstance(value.dtype, np.dtype):
+        if is_jax and not isinstance(value.dtype, np.dtype):
             prng = str(jax.random.key_impl(value))
             value = jax.random.key_data(value)
         host = np.asarray(value)

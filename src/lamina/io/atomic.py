@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lamina._core.errors import FileError
+from .._core.errors import FileError
 
 __all__ = ["replacing", "sync_directory", "write_at"]
 

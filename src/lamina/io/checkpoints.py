@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from lamina._core import bind
-from lamina._core.errors import FileError, ForeignTransformError, did_you_mean
-from lamina._core.module import Module
-from lamina._core.random import DEFAULT
-from lamina.io.restore_step import HasState, Restored, restore_step
-from lamina.io.snapshot import frozen, json_value
-from lamina.io.step_files import (
+from .._core import bind
+from .._core.errors import FileError, ForeignTransformError, did_you_mean
+from .._core.module import Module
+from .._core.random import DEFAULT
+from .restore_step import HasState, Restored, restore_step
+from .snapshot import frozen, json_value
+from .step_files import (
     MODEL,
     OPTIMIZER,
     POSITION,
@@ -62,7 +62,7 @@ class Checkpoints:
         >>> from lamina import nn
         >>> directory = tempfile.mkdtemp()
         >>> net = nn.Linear(2, 1)
-        >>> with Checkpoints(directory, keep=2) as checkpoints:
+        >>> with lamina.Checkpoints(directory, keep=2) as checkpoints:
         ...     for step in range(5):
         ...         net.weight = [[float(step)] * 2]
         ...         saved = checkpoints.save(step, net)

@@ -17,12 +17,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.convert import convert, format_of
-from lamina.io.diff import FileDiff, file_diff
-from lamina.io.native import select
-from lamina.io.rename import Renaming
-from lamina.io.render import (
+from .._core.errors import FileError
+from .convert import convert, format_of
+from .diff import FileDiff, file_diff
+from .native import select
+from .rename import Renaming
+from .render import (
     as_json,
     diff_lines,
     human_bytes,
@@ -31,12 +31,12 @@ from lamina.io.render import (
     tensor_rows,
     tree_lines,
 )
-from lamina.io.sharded import parse_size
-from lamina.io.sniff import open_any
-from lamina.io.stats import Stats, tensor_stats
-from lamina.io.tensorfile import TensorFile
-from lamina.io.tolerance import within
-from lamina.io.torch_values import printable
+from .sharded import parse_size
+from .sniff import open_any
+from .stats import Stats, tensor_stats
+from .tensorfile import TensorFile
+from .tolerance import within
+from .torch_values import printable
 
 __all__ = ["add_commands"]
 
@@ -67,8 +67,10 @@ def add_commands(subparsers: Any) -> None:
     stat = _command(subparsers, "stat", _stat, "statistics of the tensors of a file")
     for parser in (ls, stat):
         parser.usage = "%(prog)s [-h] [--json] FILE [GLOB ...]"
-        parser.add_argument("file", metavar="FILE [GLOB ...]", nargs="*", action="extend",
-                            default=[], help="a file, an index or a directory; and which names")  # fmt: skip
+        parser.add_argument(
+            "file", metavar="FILE [GLOB ...]", nargs="*", action="extend", default=[],
+            help="a file, an index or a directory; and which names (default: all)",
+        )  # fmt: skip
         parser.add_argument("--json", nargs="*", action=_Json, default=False, help="write JSON")
 
     diff = _command(subparsers, "diff", _diff, "compare two files: names, shapes, dtypes, values")
@@ -133,13 +135,14 @@ def _quiet_on_closed_pipe(run: Run) -> Run:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    path, globs = _split(options.file)
+    path, globs = _file_and_globs(options.file)
     with open_any(path) as file:
         names = _names(file, globs)
         rows = tensor_rows(file, names)
         objects = {} if globs else objects_beside(file)
-        total = sum(row["bytes"] for row in rows if "tied_to" not in row)
-        elements = sum(math.prod(row["shape"]) for row in rows if "tied_to" not in row)
+        distinct = {handle.key: handle for handle in (file[name] for name in names)}.values()
+        total = sum(handle.nbytes for handle in distinct)
+        elements = sum(math.prod(handle.shape) for handle in distinct)
         if options.json:
             print(as_json({
                 "path": file.path, "kind": file.kind, "tensors": rows, "objects": objects,
@@ -163,7 +166,7 @@ def _ls(options: argparse.Namespace) -> int:
 
 
 def _stat(options: argparse.Namespace) -> int:
-    path, globs = _split(options.file)
+    path, globs = _file_and_globs(options.file)
     with open_any(path) as file:
         names = [name for name in _names(file, globs) if name not in file.ties]
         with _progress("reading", sum(file[name].nbytes for name in names)) as advance:
@@ -260,7 +263,7 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _split(words: list[str]) -> tuple[str, list[str]]:
+def _file_and_globs(words: list[str]) -> tuple[str, list[str]]:
     if not words:
         raise FileError("expected FILE [GLOB ...], got no file")
     return words[0], words[1:]

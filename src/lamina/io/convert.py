@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.arrays import to_jax
-from lamina.io.native import save, select
-from lamina.io.rename import Renaming
-from lamina.io.tensorfile import FileBytes, TensorFile, TensorHandle
+from .._core.errors import FileError
+from .arrays import to_jax
+from .native import save, select
+from .rename import Renaming
+from .render import objects_beside
+from .tensorfile import FileBytes, TensorFile, TensorHandle
+from .torch_values import printable
 
 __all__ = ["Conversion", "convert", "format_of"]
 
@@ -89,11 +91,11 @@ def convert(
             )
     remarks: list[str] = []
     whole = file.nested and rename is None and only is None
-    if whole and not _is_data(file.tree):
-        remarks.append("what is beside the tensors is not plain data and was left out")
-        whole = False
-    elif file.nested and not whole:
-        remarks.append("only tensors were written, under their dotted names")
+    whole = whole and _is_data(file.tree)
+    beside = [] if whole else [printable(name, 40) for name in objects_beside(file)]
+    if beside:
+        more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
+        remarks.append(f"left out, being no tensors: {', '.join(beside[:5])}{more}")
     target_dtype = None if dtype is None else np.dtype(dtype)
     directory = os.path.dirname(os.path.realpath(os.fspath(target)))
     with tempfile.TemporaryFile(dir=directory) as scratch:

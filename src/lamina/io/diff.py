@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lamina.io.tensorfile import TensorFile, TensorHandle
+from .tensorfile import TensorFile, TensorHandle
 
 __all__ = ["Difference", "FileDiff", "file_diff"]
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.tensorfile import FileBytes, TensorFile, TensorHandle
+from .._core.errors import FileError
+from .tensorfile import FileBytes, TensorFile, TensorHandle
 
 __all__ = ["open_gguf"]
 

@@ -11,22 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamina._core.bind import Frame
-from lamina._core.errors import LoadError, did_you_mean, format_shape
-from lamina._core.parameter import Box, canonical
-from lamina._core.state import StateMixin
-from lamina._core.walk import Tree, walk
-from lamina.io.match import Match, match_names, suggest_part, suggest_prefix
-from lamina.io.place import Item, place_all, same_data
-from lamina.io.rename import Renaming, Rules
-from lamina.io.sniff import open_any
-from lamina.io.source import EXTRA, Source
-from lamina.io.tensorfile import TensorFile, TensorHandle
+from .._core.bind import Frame
+from .._core.errors import LoadError, did_you_mean, format_shape
+from .._core.parameter import Box, canonical
+from .._core.state import StateMixin
+from .._core.walk import Tree, walk
+from .match import Match, match_names, suggest_part, suggest_prefix
+from .place import Item, place_all, same_data
+from .rename import Renaming, Rules
+from .sniff import open_any
+from .source import EXTRA, Source
+from .tensorfile import TensorFile, TensorHandle
 
 __all__ = ["LoadReport", "load_into"]
 
 _MOST_LINES = 200
-_MOST_HINTS = 20
+_MOST_COMPARED = 20_000
 
 
 class LoadReport(NamedTuple):
@@ -155,7 +155,8 @@ def load_into(
     plan.check()
     state = place_all(plan.items, copy, plan.assign)
     state.update(plan.extras)
-    net.load_state_dict(state, strict=False, assign=plan.assign, cast=dtype == "model")
+    complete = only is None and not (plan.missing or plan.unexpected)
+    net.load_state_dict(state, strict=complete, assign=plan.assign, cast=dtype == "model")
     return plan.report()
 
 
@@ -273,7 +274,7 @@ class _Plan:
 
         def load(state: dict[str, Any]) -> None:
             with Frame("load_into", abstract=True):
-                answer.append(self.net.load_state_dict(state, strict=False, assign=True))
+                answer.append(self.net.load_state_dict(state, strict=False, cast=True))
 
         try:
             jax.eval_shape(load, stand_ins)
@@ -469,7 +470,7 @@ def _listed(
     lines = []
     for i, (name, meant) in enumerate(names[:_MOST_LINES]):
         hint = (notes or {}).get(meant, "")
-        if not hint and i < _MOST_HINTS:
+        if not hint and i * len(known) < _MOST_COMPARED:
             hint = did_you_mean(meant, known)
         lines.append(f"  {word}: {name}{hint}")
     if len(names) > _MOST_LINES:

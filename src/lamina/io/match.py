@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from lamina._core.errors import LoadError, did_you_mean
-from lamina.io.rename import Renaming
+from .._core.errors import LoadError, did_you_mean
+from .rename import Renaming
 
 __all__ = ["Match", "match_names", "suggest_part", "suggest_prefix"]
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from lamina._core.errors import FileError, did_you_mean
-from lamina.io.arrays import to_jax, to_numpy
-from lamina.io.npz import numpy_names, write_npz
-from lamina.io.safetensors import storable, write_safetensors
-from lamina.io.sharded import parse_size, remove_index, write_sharded
-from lamina.io.sniff import open_any
-from lamina.io.tensorfile import TensorFile, TensorHandle
-from lamina.io.torch_write import save_torch
-from lamina.io.tree import DESCRIPTION, flatten
+from .._core.errors import FileError, did_you_mean
+from .arrays import to_jax, to_numpy
+from .npz import numpy_names, write_npz
+from .safetensors import storable, write_safetensors
+from .sharded import parse_size, remove_index, write_sharded
+from .sniff import open_any
+from .tensorfile import TensorFile, TensorHandle
+from .torch_write import save_torch
+from .tree import DESCRIPTION, flatten
 
 __all__ = ["load", "open", "save"]
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.atomic import replacing
-from lamina.io.strict_json import parse_json
-from lamina.io.tensorfile import FileBytes, LazyBytes, TensorFile, TensorHandle
-from lamina.io.tree import restore
-from lamina.io.zip_records import Record, check_crc, read_directory, record_bytes
+from .._core.errors import FileError
+from .atomic import replacing
+from .strict_json import parse_json
+from .tensorfile import FileBytes, LazyBytes, TensorFile, TensorHandle
+from .tree import restore
+from .zip_records import Record, check_crc, read_directory, record_bytes
 
 __all__ = ["numpy_names", "open_npy", "open_npz", "write_npz"]
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamina._core.errors import LoadError
-from lamina._core.parameter import Box, canonical
-from lamina.io.arrays import to_jax
-from lamina.io.mounts import on_network
-from lamina.io.tensorfile import TensorHandle
+from .._core.errors import LoadError
+from .._core.parameter import Box, canonical
+from .arrays import to_jax
+from .mounts import on_network
+from .tensorfile import TensorHandle
 
 __all__ = ["Item", "place_all", "same_data"]
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lamina._core.errors import RuleError, did_you_mean
+from .._core.errors import RuleError, did_you_mean
 
 __all__ = ["Renaming", "Rules", "renamed"]
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lamina.io.diff import Difference, FileDiff
-from lamina.io.stats import Stats
-from lamina.io.tensorfile import TensorFile, TensorHandle
-from lamina.io.torch_values import describe, printable
+from .diff import Difference, FileDiff
+from .stats import Stats
+from .tensorfile import TensorFile, TensorHandle
+from .torch_values import describe, printable
 
 __all__ = [
     "as_json",

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from lamina._core.bind import VERSION
-from lamina._core.errors import FileError, LoadError
-from lamina._core.module import Module
-from lamina._core.random import DEFAULT
-from lamina._core.walk import walk
-from lamina.io.arrays import to_jax
-from lamina.io.native import load
-from lamina.io.step_files import MODEL, OPTIMIZER, POSITION, Record, open_checked, read_record
-from lamina.io.tensorfile import TensorFile
+from .._core.bind import VERSION
+from .._core.errors import FileError, LoadError
+from .._core.module import Module
+from .._core.random import DEFAULT
+from .._core.walk import walk
+from .arrays import to_jax
+from .native import load
+from .step_files import MODEL, OPTIMIZER, POSITION, Record, open_checked, read_record
+from .tensorfile import TensorFile
 
 __all__ = ["HasState", "Restored", "restore_step"]
 
@@ -45,9 +45,8 @@ class Restored(NamedTuple):
         path: the directory of the step.
 
     Example:
-        >>> import tempfile
-        >>> from lamina.io.checkpoints import Checkpoints
-        >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
+        >>> import lamina, tempfile
+        >>> with lamina.Checkpoints(tempfile.mkdtemp()) as checkpoints:
         ...     _ = checkpoints.save(7, data={"epoch": 1}, metrics={"loss": 0.5})
         ...     found = checkpoints.restore()
         >>> found.step, found.data, found.metrics

@@ -25,11 +25,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.atomic import replacing, write_at
-from lamina.io.strict_json import parse_json
-from lamina.io.tensorfile import FileBytes, TensorFile, TensorHandle
-from lamina.io.tree import DESCRIPTION, restore
+from .._core.errors import FileError
+from .atomic import replacing, write_at
+from .strict_json import parse_json
+from .tensorfile import FileBytes, TensorFile, TensorHandle
+from .tree import DESCRIPTION, restore
 
 __all__ = ["CHECKSUMS", "dtype_name", "open_safetensors", "storable", "write_safetensors"]
 
@@ -103,7 +103,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> TensorFile:
         tensors = _tensors(source, header, start)
         ties = {alias: name for alias, name in metadata.items()
                 if alias not in _RESERVED and alias not in tensors and name in tensors}  # fmt: skip
-        checksums = _checksums(source.path, metadata, tensors)
+        stored = tensors
         tree, nested = None, False
         if DESCRIPTION in metadata:
             tensors, tree, nested = restore(source.path, metadata[DESCRIPTION], tensors)
@@ -116,7 +116,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> TensorFile:
             tree=tree,
             nested=nested,
             sources=[source],
-            checksums=checksums,
+            checksums=lambda: _checksums(source.path, metadata, stored),
         )
     except BaseException:
         source.close()
@@ -165,10 +165,11 @@ def write_safetensors(
         offsets[name] = size
         size += tensors[name].nbytes
     sums = dict.fromkeys(order, 0) if checksums and tensors else {}
-    start = len(_header(tensors, offsets, words, sums))
+    entries = _entries(tensors, offsets)
+    start = len(_header(entries, words, sums))
     with replacing(path, start + size, sync=sync) as fd:
         _write_data(fd, start, tensors, order, sums)
-        write_at(fd, 0, [np.frombuffer(_header(tensors, offsets, words, sums), np.uint8)])
+        write_at(fd, 0, [np.frombuffer(_header(entries, words, sums), np.uint8)])
 
 
 def _layout_key(array: np.ndarray) -> tuple[bool, int]:
@@ -178,25 +179,24 @@ def _layout_key(array: np.ndarray) -> tuple[bool, int]:
     return (True, -array.dtype.itemsize)
 
 
-def _header(
-    tensors: Mapping[str, np.ndarray],
-    offsets: Mapping[str, int],
-    metadata: dict[str, str],
-    checksums: dict[str, int],
-) -> bytes:
+def _entries(tensors: Mapping[str, np.ndarray], offsets: Mapping[str, int]) -> str:
+    """Return the header's text about the tensors, with a comma before each."""
+    return "".join(
+        f',{json.dumps(name, ensure_ascii=False)}:{{"dtype":"{dtype_name(array.dtype)}",'
+        f'"shape":{list(array.shape)},"data_offsets":[{at},{at + array.nbytes}]}}'
+        for (name, array), at in zip(
+            tensors.items(), map(offsets.__getitem__, tensors), strict=True
+        )
+    )
+
+
+def _header(entries: str, metadata: dict[str, str], checksums: dict[str, int]) -> bytes:
     """Return length and header; its size does not depend on the values of the checksums."""
     words = dict(metadata)
     if checksums:
         words[CHECKSUMS] = json.dumps({name: f"{crc:08x}" for name, crc in checksums.items()})
-    header: dict[str, Any] = {"__metadata__": words}
-    for name, array in tensors.items():
-        begin = offsets[name]
-        header[name] = {
-            "dtype": dtype_name(array.dtype),
-            "shape": list(array.shape),
-            "data_offsets": [begin, begin + array.nbytes],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    start = json.dumps({"__metadata__": words}, separators=(",", ":"), ensure_ascii=False)
+    text = f"{start[:-1]}{entries}}}".encode()
     text += b" " * (-(len(text) + 8) % _ALIGN)
     if len(text) > _MAX_HEADER:
         raise FileError(f"the header would have {len(text)} bytes, at most {_MAX_HEADER}")

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.atomic import replacing, sync_directory, write_at
-from lamina.io.safetensors import write_safetensors
-from lamina.io.strict_json import parse_json
-from lamina.io.tensorfile import FileBytes, TensorFile, TensorHandle
-from lamina.io.tree import DESCRIPTION, restore
+from .._core.errors import FileError
+from .atomic import replacing, sync_directory, write_at
+from .safetensors import write_safetensors
+from .strict_json import parse_json
+from .tensorfile import FileBytes, TensorFile, TensorHandle
+from .tree import DESCRIPTION, restore
 
 __all__ = ["open_directory", "open_index", "parse_size", "remove_index", "write_sharded"]
 

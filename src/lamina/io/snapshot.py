@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lamina._core.errors import TypeMismatchError
-from lamina._core.module import Module
-from lamina._core.state import StateDict
-from lamina.io.arrays import is_array
-from lamina.io.strict_json import parse_json
+from .._core.errors import TypeMismatchError
+from .._core.module import Module
+from .._core.state import StateDict
+from .arrays import is_array
+from .strict_json import parse_json
 
 __all__ = ["frozen", "json_value"]
 

@@ -6,16 +6,16 @@ import os
 from collections.abc import Callable
 from functools import partial
 
-from lamina._core.errors import FileError
-from lamina.io.gguf import open_gguf
-from lamina.io.npz import open_npy, open_npz
-from lamina.io.safetensors import open_safetensors
-from lamina.io.sharded import open_directory, open_index
-from lamina.io.tensorfile import FileBytes, TensorFile
-from lamina.io.torch_legacy import open_torch_legacy
-from lamina.io.torch_tar import open_torch_tar
-from lamina.io.torch_zip import open_torch_zip
-from lamina.io.zip_records import read_directory
+from .._core.errors import FileError
+from .gguf import open_gguf
+from .npz import open_npy, open_npz
+from .safetensors import open_safetensors
+from .sharded import open_directory, open_index
+from .tensorfile import FileBytes, TensorFile
+from .torch_legacy import open_torch_legacy
+from .torch_tar import open_torch_tar
+from .torch_zip import open_torch_zip
+from .zip_records import read_directory
 
 __all__ = ["OPENERS", "kind_of", "open_any"]
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lamina._core.errors import LoadError
-from lamina._core.parameter import Box
-from lamina.io.arrays import to_numpy
-from lamina.io.tensorfile import TensorFile, TensorHandle
+from .._core.errors import LoadError
+from .._core.parameter import Box
+from .arrays import to_numpy
+from .tensorfile import TensorFile, TensorHandle
 
 __all__ = ["EXTRA", "Source"]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lamina.io.tensorfile import TensorHandle
+from .tensorfile import TensorHandle
 
 __all__ = ["Stats", "tensor_stats"]
 

@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.atomic import replacing, sync_directory, write_at
-from lamina.io.native import save
-from lamina.io.safetensors import open_safetensors
-from lamina.io.strict_json import parse_json
-from lamina.io.tensorfile import TensorFile
+from .._core.errors import FileError
+from .atomic import replacing, sync_directory, write_at
+from .native import save
+from .safetensors import open_safetensors
+from .strict_json import parse_json
+from .tensorfile import TensorFile
 
 __all__ = [
     "MODEL",

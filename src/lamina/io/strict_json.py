@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from lamina._core.errors import FileError
+from .._core.errors import FileError
 
 __all__ = ["parse_json"]
 

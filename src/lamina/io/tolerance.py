@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lamina.io.tensorfile import TensorHandle
+from .tensorfile import TensorHandle
 
 __all__ = ["within"]
 

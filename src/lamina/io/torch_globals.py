@@ -12,8 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lamina.io.torch_pickle import Machine
-from lamina.io.torch_tensors import (
+from .torch_pickle import Machine
+from .torch_tensors import (
     ELEMENTS,
     MAX_RANK,
     STORAGES,
@@ -21,7 +21,7 @@ from lamina.io.torch_tensors import (
     Storage,
     TensorRecord,
 )
-from lamina.io.torch_values import Opaque, Ref, StateDict, describe
+from .torch_values import Opaque, Ref, StateDict, describe
 
 __all__ = ["NumpyArray", "call_global", "is_parameter", "storage_element"]
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lamina._core.errors import FileError
-from lamina.io.tensorfile import FileBytes, TensorFile
-from lamina.io.torch_globals import call_global
-from lamina.io.torch_pickle import load_pickle
-from lamina.io.torch_storages import StorageTable
-from lamina.io.torch_tree import NamedTensors
-from lamina.io.torch_values import describe, printable
+from .._core.errors import FileError
+from .tensorfile import FileBytes, TensorFile
+from .torch_globals import call_global
+from .torch_pickle import load_pickle
+from .torch_storages import StorageTable
+from .torch_tree import NamedTensors
+from .torch_values import describe, printable
 
 __all__ = ["open_torch_legacy"]
 

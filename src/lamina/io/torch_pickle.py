@@ -13,8 +13,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from lamina._core.errors import FileError
-from lamina.io.torch_values import Opaque, Ref, StateDict
+from .._core.errors import FileError
+from .torch_values import Opaque, Ref, StateDict
 
 __all__ = ["Machine", "load_pickle"]
 
@@ -79,7 +79,7 @@ class Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.refs: dict[Ref, Ref] = {}
+        self.refs: dict[tuple[str, str], Ref] = {}
         self.budget = MAX_OPCODES
         self.forgeable_keys = MAX_FORGEABLE_KEYS
 
@@ -166,8 +166,10 @@ class Machine:
             raise self.error("names a global by something that is not text")
         if len(module) + len(name) > MAX_GLOBAL_CHARS:
             raise self.error("names a global with too long a name")
-        ref = Ref(module, name)
-        return self.refs.setdefault(ref, ref)
+        ref = self.refs.get((module, name))
+        if ref is None:
+            ref = self.refs[module, name] = Ref(module, name)
+        return ref
 
     def key(self, key: Any) -> Any:
         """Check that hashing ``key`` is cheap and safe, and return it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lamina._core.errors import FileError
-from lamina.io.torch_globals import storage_element
-from lamina.io.torch_tensors import Element, Storage
-from lamina.io.torch_values import Ref, describe, printable
+from .._core.errors import FileError
+from .torch_globals import storage_element
+from .torch_tensors import Element, Storage
+from .torch_values import Ref, describe, printable
 
 __all__ = ["StorageTable"]
 

@@ -10,13 +10,13 @@ import os
 import struct
 from typing import Any
 
-from lamina._core.errors import FileError
-from lamina.io.tensorfile import FileBytes, TensorFile
-from lamina.io.torch_globals import call_global, storage_element
-from lamina.io.torch_pickle import load_pickle
-from lamina.io.torch_tensors import MAX_RANK, Storage, TensorRecord
-from lamina.io.torch_tree import NamedTensors
-from lamina.io.torch_values import Ref, describe, printable
+from .._core.errors import FileError
+from .tensorfile import FileBytes, TensorFile
+from .torch_globals import call_global, storage_element
+from .torch_pickle import load_pickle
+from .torch_tensors import MAX_RANK, Storage, TensorRecord
+from .torch_tree import NamedTensors
+from .torch_values import Ref, describe, printable
 
 __all__ = ["open_torch_tar"]
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.tensorfile import FileBytes, LazyBytes, TensorHandle
-from lamina.io.torch_values import printable
+from .._core.errors import FileError
+from .tensorfile import FileBytes, LazyBytes, TensorHandle
+from .torch_values import printable
 
 __all__ = ["ELEMENTS", "STORAGES", "Element", "Storage", "TensorRecord", "check_geometry"]
 
@@ -155,10 +155,11 @@ class TensorRecord:
         check_geometry(what, self.offset, self.size, self.stride, item, available)
         shape = tuple(self.size)
         begin = self.storage.offset + (self.offset * item if 0 not in shape else 0)
-        # The stride of an axis of one element is never used, and may not even fit into 64 bits.
-        steps = tuple(
-            step * item if n > 1 else 0 for n, step in zip(shape, self.stride, strict=True)
-        )
+        strides = None
+        if not self.row_major and 0 not in shape:
+            # The stride of an axis of one element is never used, and may not fit into 64 bits.
+            steps = zip(shape, self.stride, strict=True)
+            strides = tuple(step * item if n > 1 else 0 for n, step in steps)
         stored, finish = self._transforms(what)
         return TensorHandle(
             name,
@@ -166,7 +167,7 @@ class TensorRecord:
             self.element.dtype,
             source,
             begin,
-            strides=None if self.row_major or 0 in shape else steps,
+            strides=strides,
             stored=stored,
             finish=finish,
             kind=self.element.name,

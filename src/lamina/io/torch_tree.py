@@ -12,11 +12,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from lamina._core.errors import FileError
-from lamina.io.tensorfile import FileBytes, LazyBytes, TensorHandle
-from lamina.io.torch_globals import NumpyArray, is_parameter
-from lamina.io.torch_tensors import Storage, TensorRecord, check_geometry
-from lamina.io.torch_values import Opaque, StateDict, printable
+from .._core.errors import FileError
+from .tensorfile import FileBytes, LazyBytes, TensorHandle
+from .torch_globals import NumpyArray, is_parameter
+from .torch_tensors import Storage, TensorRecord, check_geometry
+from .torch_values import Opaque, StateDict, printable
 
 __all__ = ["NamedTensors"]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lamina._core.errors import TypeMismatchError
-from lamina.io.arrays import host_array, is_array
-from lamina.io.torch_tensors import ELEMENTS, STORAGES
-from lamina.io.zip_write import write_zip
+from .._core.errors import TypeMismatchError
+from .arrays import host_array, is_array
+from .torch_tensors import ELEMENTS, STORAGES
+from .zip_write import write_zip
 
 __all__ = ["save_torch"]
 
@@ -113,6 +113,11 @@ class _Pickler:
                 raise TypeMismatchError(f"ties: {name!r}, the name of {alias!r}, is no array here")
             self._late[alias] = arrays[name][1]
             if alias in arrays:
+                shapes = [np.shape(arrays[key][1]) for key in (alias, name)]
+                if shapes[0] != shapes[1]:
+                    raise TypeMismatchError(
+                        f"ties: {alias!r} has shape {shapes[0]}, but {name!r} has {shapes[1]}"
+                    )
                 continue
             parent = arrays[name][0]
             if not alias.startswith(parent):

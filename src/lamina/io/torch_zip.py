@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 
-from lamina._core.errors import FileError
-from lamina.io.tensorfile import FileBytes, LazyBytes, TensorFile
-from lamina.io.torch_globals import call_global
-from lamina.io.torch_pickle import MAX_PICKLE_BYTES, load_pickle
-from lamina.io.torch_storages import StorageTable
-from lamina.io.torch_tensors import Storage
-from lamina.io.torch_tree import NamedTensors
-from lamina.io.torch_values import printable
-from lamina.io.zip_records import DEFLATED, Record, check_crc, read_directory, record_bytes
+from .._core.errors import FileError
+from .tensorfile import FileBytes, LazyBytes, TensorFile
+from .torch_globals import call_global
+from .torch_pickle import MAX_PICKLE_BYTES, load_pickle
+from .torch_storages import StorageTable
+from .torch_tensors import Storage
+from .torch_tree import NamedTensors
+from .torch_values import printable
+from .zip_records import DEFLATED, Record, check_crc, read_directory, record_bytes
 
 __all__ = ["open_torch_zip"]
 

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from lamina._core.errors import FileError, TypeMismatchError
-from lamina.io.arrays import host_array, is_array
-from lamina.io.strict_json import parse_json
-from lamina.io.tensorfile import TensorHandle
+from .._core.errors import FileError, TypeMismatchError
+from .arrays import host_array, is_array
+from .strict_json import parse_json
+from .tensorfile import TensorHandle
 
 __all__ = ["DESCRIPTION", "Flat", "flatten", "restore"]
 
@@ -173,6 +173,8 @@ class _Builder:
             raise TypeMismatchError(
                 f"{'.'.join(path)[:200]}: nested more than {_MAX_DEPTH} deep, or contains itself"
             )
+        if is_array(value):
+            return {"array": self._add(value, path)}
         if value is None or type(value) in (bool, str):
             return value
         if type(value) is int:
@@ -197,8 +199,6 @@ class _Builder:
             return {
                 "tuple": [self.encode(v, (*path, str(i)), depth + 1) for i, v in enumerate(value)]
             }
-        if is_array(value):
-            return {"array": self._add(value, path)}
         raise _not_data(value, path)
 
     def _encode_mapping(self, value: Mapping[Any, Any], path: tuple[str, ...], depth: int) -> Any:

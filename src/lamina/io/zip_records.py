@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lamina._core.errors import FileError
-from lamina.io.torch_values import printable
+from .._core.errors import FileError
+from .torch_values import printable
 
 __all__ = ["Record", "check_crc", "read_directory", "record_bytes"]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lamina.io.atomic import replacing, write_at
+from .atomic import replacing, write_at
 
 __all__ = ["write_zip"]
 

@@ -292,11 +292,9 @@ class LayerNorm(Module):
 
     def extra_repr(self) -> str:
         """Return the options."""
-        text = (
-            f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
-        )
         return (
-            text if self.bias is not None or not self.elementwise_affine else text + ", bias=False"
+            f"{self.normalized_shape}, eps={self.eps}, "
+            f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
         )
 
     def forward(self, input: Any) -> Any:

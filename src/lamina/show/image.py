@@ -86,12 +86,10 @@ def save_image(
     if np.iscomplexobj(values):
         values = np.abs(values)
     tiles = values.astype(np.float64).reshape(-1, *values.shape[-2:])
-    if columns is None:
-        several_inputs = values.ndim == 4 and values.shape[1] > 1
-        columns = values.shape[1] if several_inputs else _nearly_square(tiles.shape)
-    if columns < 1 or (scale is not None and scale < 1):
-        raise ValueError(f"save_image: expected scale and columns >= 1, got {scale} and {columns}")
-    columns = min(columns, len(tiles))
+    for option, number in (("scale", scale), ("columns", columns)):
+        if number is not None and number < 1:
+            raise ValueError(f"save_image: expected {option} >= 1, got {number}")
+    columns = min(columns or _columns(values.shape), len(tiles))
     if scale is None:
         rows = math.ceil(len(tiles) / columns)
         longest = max(columns * (tiles.shape[2] + 1), rows * (tiles.shape[1] + 1))
@@ -103,9 +101,12 @@ def save_image(
     return picture.shape[1], picture.shape[0]
 
 
-def _nearly_square(shape: tuple[int, ...]) -> int:
-    count, height, width = shape
-    return max(1, math.ceil(math.sqrt(count * height / width)))
+def _columns(shape: tuple[int, ...]) -> int:
+    """Return one column per input of a filter, or so many that the picture is nearly square."""
+    if len(shape) == 4 and shape[1] > 1:
+        return shape[1]
+    height, width = shape[-2:]
+    return max(1, math.ceil(math.sqrt(math.prod(shape[:-2]) * height / width)))
 
 
 def _colours(tiles: np.ndarray, limit: float | None) -> np.ndarray:

@@ -10,9 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jax.extend.core import get_opaque_trace_state
-
-from .._core.bind import STATE
+from .._core.bind import STATE, trace_state
 from .._core.materialize import infer
 from .._core.module import Module
 from .._core.parameter import Box, Parameter
@@ -212,7 +210,7 @@ class _Recorder:
     def enter(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         while self.stack and self.stack[-1].dead:
             self.stack.pop()
-        trace = (tuple(STATE.frames), get_opaque_trace_state(convention="lamina"))
+        trace = (tuple(STATE.frames), trace_state())
         call = Call(module, abstract(args), abstract(kwargs), trace)
         if self.stack:
             parent = self.stack[-1]

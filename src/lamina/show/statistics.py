@@ -176,7 +176,8 @@ def _statistics(value: jax.Array) -> Statistics:
             squares += float((finite**2).sum())
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
     if not count:
-        return Statistics(*[math.nan] * 5, zeros, nans, infs, ())
+        nan = math.nan
+        return Statistics(nan, nan, nan, nan, nan, zeros, nans, infs, ())
     mean = total / count
     deviations, histogram = 0.0, np.zeros(_BINS, np.int64)
     for block in _blocks(value):

@@ -56,14 +56,13 @@ def summary(
         >>> net = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(2))
         >>> table = lamina.show.summary(net, jax.ShapeDtypeStruct((4, 3), jnp.float32))
         >>> table.parameters, table.flops
-        (50, 504.0)
+        (50, 392.0)
         >>> [(row.name, row.output) for row in table.rows]
         [('', '(4, 2)'), ('0', '(4, 8)'), ('1', '(4, 8)'), ('2', '(4, 2)')]
     """
     if not isinstance(net, Module):
         raise TypeMismatchError(
-            f"summary: expected a module, got {type(net).__name__}; "
-            f"write lamina.summary(net, x)"
+            f"summary: expected a module, got {type(net).__name__}; write lamina.summary(net, x)"
         )
     return Summary(record(net, specs, kwargs, flops), depth)
 

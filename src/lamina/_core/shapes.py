@@ -1,0 +1,55 @@
+"""Shapes, dtypes and places, as users write them and as JAX holds them."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import ShapeError
+
+__all__ = ["Shape", "as_sharding", "canonical", "check_shape", "weakest"]
+
+Shape = tuple[int | None, ...]
+
+
+def canonical(dtype: Any) -> np.dtype:
+    """Return the dtype as JAX holds it: 64-bit types become 32-bit unless x64 is enabled."""
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+def check_shape(shape: Any) -> Shape:
+    """Return ``shape`` as a tuple of non-negative ints and ``None``, or raise."""
+    dims = (shape,) if isinstance(shape, int) or shape is None else tuple(shape)
+    result = []
+    for dim in dims:
+        if dim is not None:
+            dim = operator.index(dim)
+            if dim < 0:
+                raise ShapeError(f"a shape has no negative sizes, got {dims}")
+        result.append(dim)
+    return tuple(result)
+
+
+def as_sharding(place: Any) -> Any:
+    """Return a device, a platform name (``"cpu"``) or a sharding as a ``jax.sharding.Sharding``."""
+    if isinstance(place, str):
+        name, _, index = place.partition(":")
+        place = jax.devices({"cuda": "gpu"}.get(name, name))[int(index or 0)]
+    if isinstance(place, jax.Device):
+        return jax.sharding.SingleDeviceSharding(place)
+    return place
+
+
+def weakest(dtype: Any) -> np.dtype:
+    """Return the narrowest dtype of a kind, so that a cast within the kind is always allowed."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return np.dtype(np.float16)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return np.dtype(np.complex64)
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return np.dtype(np.bool_)
+    return np.dtype(np.int8)
