@@ -131,11 +131,14 @@ def test_random_keys(tmp_path):
 
 
 def test_64_bits(tmp_path):
-    lamina.io.save({"w": np.ones(2), "n": np.array(3), "f": np.ones(2, "f4")}, tmp_path / "x")
+    obj = {"w": np.ones(2), "n": np.array([3]), "f": np.ones(2, "f4"), "count": np.array(3)}
+    lamina.io.save(obj, tmp_path / "x")
     with pytest.warns(UserWarning, match=r"'w' \(float64 -> float32\), 'n' \(int64") as caught:
         loaded = lamina.io.load(tmp_path / "x")
     assert len(caught) == 1 and caught[0].filename == __file__
+    assert "count" not in str(caught[0].message)  # a single integer keeps its value
     assert loaded["w"].dtype == np.float32 and loaded["n"].dtype == np.int32
+    assert loaded["count"].dtype == np.int32
     assert lamina.io.load(tmp_path / "x", numpy=True)["w"].dtype == np.float64
     assert lamina.io.load(tmp_path / "x", names="f")["f"].dtype == np.float32
     with jax.enable_x64(True):

@@ -47,7 +47,8 @@ def export_onnx(
         >>> import jax.numpy as jnp, lamina, os, tempfile
         >>> from lamina import nn
         >>> path = os.path.join(tempfile.mkdtemp(), "net.onnx")
-        >>> model = lamina.export_onnx(nn.Linear(3, 2), jnp.ones((4, 3)), path=path)  # doctest: +SKIP
+        >>> net = nn.Linear(3, 2)
+        >>> model = lamina.export_onnx(net, jnp.ones((4, 3)), path=path)  # doctest: +SKIP
 
     Source: https://github.com/enpasos/jax2onnx
     """

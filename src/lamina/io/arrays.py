@@ -45,7 +45,8 @@ def to_jax(
 
     Returns:
         One array per handle. 64-bit types become 32-bit unless JAX's x64 mode is on, with one
-        warning that names the tensors.
+        warning that names the tensors. Single integers, such as the counters of batch
+        normalisation, keep their value and cause no warning.
 
     Raises:
         FileError: if the data cannot be read, or integers do not fit in 32 bits.
@@ -55,7 +56,9 @@ def to_jax(
     narrowed = [
         handle
         for handle, place in zip(handles, places, strict=True)
-        if handle.dtype.itemsize >= 8 and _was_narrowed(handle.dtype, hosts[place].dtype, narrow)
+        if handle.dtype.itemsize >= 8
+        and _was_narrowed(handle.dtype, hosts[place].dtype, narrow)
+        and not (handle.shape == () and handle.dtype.kind in "iu")
     ]
     if narrowed:
         _warn_narrowed(narrowed, narrow)

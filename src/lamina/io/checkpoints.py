@@ -58,7 +58,7 @@ class Checkpoints:
             arrays of the snapshot stay valid. The process ends only when all is written.
 
     Example:
-        >>> import tempfile
+        >>> import lamina, tempfile
         >>> from lamina import nn
         >>> directory = tempfile.mkdtemp()
         >>> net = nn.Linear(2, 1)

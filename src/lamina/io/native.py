@@ -121,7 +121,7 @@ def load(
 
     Returns:
         The same structure and types that were saved. As JAX arrays, 64-bit types become 32-bit
-        unless x64 is on, with one warning that names the tensors.
+        unless x64 is on, with one warning that names the tensors (none for single integers).
 
     Raises:
         FileNotFoundError: if there is nothing there.

@@ -76,7 +76,8 @@ class _BatchNorm(Module):
         """Return the options."""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+            f"affine={self.affine}, bias={self.bias is not None}, "
+            f"track_running_stats={self.track_running_stats}"
         )
 
     def _check(self, input: Any) -> None:
@@ -154,7 +155,8 @@ class BatchNorm2d(_BatchNorm):
 
     Args:
         num_features: channels of the input, or ``None`` to infer them.
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as for :class:`BatchNorm1d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as for
+            :class:`BatchNorm1d`.
 
     Shape:
         Input ``(batch, num_features, height, width)``.
@@ -193,7 +195,8 @@ class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
     """A :class:`BatchNorm1d` whose ``num_features`` is inferred.
 
     Args:
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as for :class:`BatchNorm1d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as for
+            :class:`BatchNorm1d`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -213,7 +216,8 @@ class LazyBatchNorm2d(_LazyBatchNorm, BatchNorm2d):
     """A :class:`BatchNorm2d` whose ``num_features`` is inferred.
 
     Args:
-        eps, momentum, affine, track_running_stats, device, dtype, bias: as for :class:`BatchNorm1d`.
+        eps, momentum, affine, track_running_stats, device, dtype, bias: as for
+            :class:`BatchNorm1d`.
 
     Example:
         >>> import jax.numpy as jnp
