@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import statistics
 import sys
 import time
@@ -60,8 +61,8 @@ def interleave(
 ) -> list[Row]:
     """Times ``contenders`` round-robin; the first is the reference.
 
-    Each round runs every contender for about ``budget`` seconds, in an order that rotates from
-    round to round. The garbage collector runs between rounds only.
+    Each round runs every contender for about ``budget`` seconds, in an order drawn anew, so that
+    none has a fixed predecessor. The garbage collector runs between rounds only.
     """
     counts = []
     for contender in contenders:
@@ -69,13 +70,13 @@ def interleave(
         guess = slice_seconds(contender, 2 * block_every, block_every)
         counts.append(max(1, round(budget / guess / block_every)) * block_every)
     seconds: list[list[float]] = [[] for _ in contenders]
+    order = random.Random(0)
     gc.collect()
     gc.freeze()
     gc.disable()
     try:
-        for turn in range(rounds):
-            for place in range(len(contenders)):
-                index = (turn + place) % len(contenders)
+        for _ in range(rounds):
+            for index in order.sample(range(len(contenders)), len(contenders)):
                 seconds[index].append(slice_seconds(contenders[index], counts[index], block_every))
             gc.collect()
     finally:

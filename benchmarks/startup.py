@@ -1,7 +1,7 @@
 """What ``import lamina`` adds to the import of JAX and optax, which it cannot do without.
 
 Both are imported in fresh interpreters, in turn; the difference is taken pair by pair. The
-interpreter's own start is not counted.
+interpreter's own start is not counted. CPU seconds are steadier where other work disturbs the clock.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ BASE, WHOLE = "jax, optax", "jax, optax, lamina"
 ENV = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
-def import_seconds(names: str) -> float:
-    """Seconds to import ``names`` in a fresh interpreter."""
+def import_seconds(names: str) -> tuple[float, float]:
+    """Seconds by the clock and seconds of CPU to import ``names`` in a fresh interpreter."""
     code = (
-        "import time; start = time.perf_counter(); "
-        f"import {names}; print(time.perf_counter() - start)"
+        "import time; clock, cpu = time.perf_counter(), time.process_time(); "
+        f"import {names}; print(time.perf_counter() - clock, time.process_time() - cpu)"
     )
-    return float(subprocess.check_output([sys.executable, "-c", code], text=True, env=ENV))
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, env=ENV)
+    clock, cpu = map(float, output.split())
+    return clock, cpu
 
 
 def costliest(count: int) -> list[tuple[str, int, int]]:
@@ -46,19 +48,21 @@ def main() -> None:
     parser.add_argument("--json", help="also write the numbers to this file")
     args = parser.parse_args()
 
-    seconds: dict[str, list[float]] = {BASE: [], WHOLE: []}
+    seconds: dict[str, list[tuple[float, float]]] = {BASE: [], WHOLE: []}
     for names in seconds:
         import_seconds(names)  # writes the bytecode, fills the file cache
     for turn in range(args.rounds):
         for names in (BASE, WHOLE) if turn % 2 else (WHOLE, BASE):
             seconds[names].append(import_seconds(names))
-    differences = [b - a for a, b in zip(seconds[BASE], seconds[WHOLE], strict=True)]
-    low, median, high = quartiles(differences)
-    rows = [
-        [f"import {names}", f"{statistics.median(own):.3f}", ""] for names, own in seconds.items()
-    ]
-    rows.append(["difference", f"{median:.3f}", f"{low:.3f}-{high:.3f}"])
-    print(markdown(["", "median s", "interquartile"], rows))
+    rows, differences = [], {}
+    for place, kind in enumerate(("clock", "CPU")):
+        base, whole = ([run[place] for run in seconds[names]] for names in (BASE, WHOLE))
+        differences[kind] = [b - a for a, b in zip(base, whole, strict=True)]
+        low, median, high = quartiles(differences[kind])
+        middle = [f"{value:.3f}" for value in map(statistics.median, (base, whole))]
+        rows.append([kind, *middle, f"{median:.3f}", f"{low:.3f}-{high:.3f}"])
+    head = ["seconds", f"import {BASE}", f"import {WHOLE}", "difference", "interquartile"]
+    print(markdown(head, rows))
     if args.detail:
         print()
         print(markdown(["module", "own us", "with its imports us"], costliest(args.detail)))

@@ -84,7 +84,7 @@ class TestFullRun:
             "conv.safetensors", "filters.png", "mlp.safetensors", "templates.png",
         ]  # fmt: skip
         net = demo.conv_net().eval()
-        net.load_state_dict(lamina.load(out / "conv.safetensors", numpy=True))
+        net.load_state_dict(lamina.load(out / "conv.safetensors"))
         data = demo.digits()
         right = np.asarray(net(jnp.asarray(data.test_images)).argmax(-1)) == data.test_labels
         assert right.mean() >= 0.97

@@ -394,7 +394,7 @@ def _save_and_load(console: Console, conv: Any, plain: Any, data: Digits, direct
             save(net, path)
         fresh = net.clone().eval()
         before = _agreement(net, fresh, data)
-        fresh.load_state_dict(load(path, numpy=True))  # with the 64-bit counters of the file
+        fresh.load_state_dict(load(path))
         _prove_equal(net, fresh, path)
         after = _agreement(net, fresh, data)
         console.print(

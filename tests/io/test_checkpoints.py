@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -71,8 +72,11 @@ def listing(directory):
 
 def test_a_restored_run_continues_bit_for_bit(tmp_path):
     script = HERE / "train_script.py"
-    runs = [python(script, tmp_path / "whole", 0, 6), python(script, tmp_path / "parts", 0, 3)]
-    runs.append(python(script, tmp_path / "parts", 3, 6))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.map(
+            lambda run: python(script, tmp_path / run[0], 0, run[1]), [("whole", 6), ("parts", 3)]
+        )
+    runs = [*first, python(script, tmp_path / "parts", 3, 6)]
     assert not any(run.returncode for run in runs), "".join(run.stderr for run in runs)
     assert runs[0].stdout == runs[2].stdout != runs[1].stdout
     assert runs[0].stdout.count("\n") == 25

@@ -115,7 +115,8 @@ class TestFiles:
             "assert 'lamina.demo' not in sys.modules\n"
             "print(program.in_specs[0].shape, program.out_specs.shape)\n"
         )
-        environment = {**os.environ, "PYTHONPATH": SOURCE, "XLA_FLAGS": ""}
+        path = os.pathsep.join([SOURCE, os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
         out = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)],
             env=environment,

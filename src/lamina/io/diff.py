@@ -26,6 +26,16 @@ class Difference(NamedTuple):
         max_abs, max_rel: the largest absolute difference, and the largest relative to the larger
             of the two; infinite where only one of them is finite.
         first: index of the first element that differs, or ``None``.
+
+    Example:
+        >>> import numpy as np, os, tempfile, lamina
+        >>> a, b = (os.path.join(tempfile.mkdtemp(), name) for name in "ab")
+        >>> lamina.save({"w": np.zeros(3, "f4")}, a)
+        >>> lamina.save({"w": np.array([0, 0, 2], "f4")}, b)
+        >>> with lamina.open(a) as first, lamina.open(b) as second:
+        ...     diff = lamina.io.file_diff(first, second)
+        >>> diff.different[0].values, diff.different[0].max_abs, diff.different[0].first
+        (1, 2.0, (2,))
     """
 
     name: str
@@ -44,6 +54,16 @@ class FileDiff(NamedTuple):
         only_first, only_second: names that the other file has not.
         different: tensors that both have and that differ in shape, dtype or value.
         equal: how many tensors are the same in all three.
+
+    Example:
+        >>> import numpy as np, os, tempfile, lamina
+        >>> a, b = (os.path.join(tempfile.mkdtemp(), name) for name in "ab")
+        >>> lamina.save({"w": np.zeros(3, "f4")}, a)
+        >>> lamina.save({"w": np.array([0, 0, 2], "f4")}, b)
+        >>> with lamina.open(a) as first, lamina.open(b) as second:
+        ...     diff = lamina.io.file_diff(first, second)
+        >>> diff.same, [difference.name for difference in diff.different]
+        (False, ['w'])
     """
 
     only_first: list[str]

@@ -44,6 +44,13 @@ class LoadReport(NamedTuple):
         prefix: what was taken off the front of every name.
         wrappers: what wrappers had put into the names (``"module."``), taken off too.
         beside: number of tensors of the source outside of the prefix or of ``only``.
+
+    Example:
+        >>> import lamina
+        >>> from lamina import nn
+        >>> report = lamina.load_into(nn.Linear(2, 3), nn.Linear(2, 3).state_dict())
+        >>> report.loaded, report.missing
+        (['weight', 'bias'], [])
     """
 
     source: str

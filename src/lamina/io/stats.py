@@ -31,6 +31,15 @@ class Stats(NamedTuple):
         mean, std: of the finite elements; the deviation is that of the population.
         norm: square root of the sum of the squares of the finite elements.
         zeros, nan, inf: how many elements are zero, NaN, infinite.
+
+    Example:
+        >>> import numpy as np, os, tempfile, lamina
+        >>> path = os.path.join(tempfile.mkdtemp(), "w.safetensors")
+        >>> lamina.save({"w": np.array([0, 3, 4, np.nan], "f4")}, path)
+        >>> with lamina.open(path) as file:
+        ...     stats = lamina.io.tensor_stats(file["w"])
+        >>> stats.max, round(stats.norm, 3), stats.zeros, stats.nan
+        (4.0, 5.0, 1, 1)
     """
 
     count: int

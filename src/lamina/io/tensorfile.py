@@ -51,6 +51,15 @@ class TensorHandle:
     Attributes:
         file: path of the file that holds it.
         nbytes: bytes of the whole tensor.
+
+    Example:
+        >>> import numpy as np, os, tempfile, lamina
+        >>> path = os.path.join(tempfile.mkdtemp(), "w.safetensors")
+        >>> lamina.save({"w": np.arange(6.0).reshape(2, 3)}, path)
+        >>> with lamina.open(path) as file:
+        ...     handle = file["w"]
+        ...     handle.shape, handle.nbytes, handle.read((1, slice(2)))
+        ((2, 3), 48, array([3., 4.]))
     """
 
     __slots__ = (

@@ -34,6 +34,12 @@ class Statistics:
             ``norm`` the square root of the sum of squares); NaN if there are none.
         zeros, nans, infs: numbers of such elements.
         histogram: numbers of finite elements in equal steps from ``minimum`` to ``maximum``.
+
+    Example:
+        >>> import lamina.show
+        >>> found = lamina.show.describe([3.0, -4.0]).value
+        >>> found.norm, found.mean, found.bars().strip()[0]
+        (5.0, -0.5, '█')
     """
 
     minimum: float
@@ -67,6 +73,13 @@ class Description:
         trainable: whether it requires a gradient; ``None`` for what is no parameter.
         value: statistics of the value; ``None`` while there is none.
         grad: statistics of the gradient; ``None`` if there is none.
+
+    Example:
+        >>> import lamina.show
+        >>> from lamina import nn
+        >>> print(lamina.show.describe(nn.LayerNorm(3).bias))
+        parameter 'bias': float32 (3,), recipe Zeros(), trainable
+          no value yet
     """
 
     label: str

@@ -73,6 +73,18 @@ class Summary:
     Attributes:
         record: the rows as recorded, with everything that is below ``depth``.
         depth: the deepest level to show, or ``None``.
+
+    Example:
+        >>> import lamina
+        >>> from lamina import nn
+        >>> print(lamina.summary(nn.LazyLinear(4)))
+        name     layer, recipe              output, shape  elements    memory
+        (model)  LazyLinear                                   4 + ?  16 B + ?
+        weight   KaimingUniform(a=sqrt(5))  (4, ?)                ?         ?
+        bias     FanInUniform(fan_in=None)  (4,)                  4      16 B
+        <BLANKLINE>
+        parameters  4 (16 B)
+        unknown     the sizes of one array (?), not counted above
     """
 
     def __init__(self, record: Record, depth: int | None = None) -> None:
