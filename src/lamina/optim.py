@@ -263,7 +263,8 @@ class Optimizer:
                 "the optimizer's state does not fit; nothing was loaded:\n" + "\n".join(problems)
             )
         for name, value in values.items():
-            self._boxes[name]._write(value)
+            box = self._boxes[name]
+            box._write(jax.device_put(value, box.sharding) if box.is_material else value)
 
     def __lamina_tensors__(self) -> Any:
         return self.state_dict(), {}, {}

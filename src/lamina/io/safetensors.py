@@ -219,7 +219,10 @@ def _write_data(
 
     summing = threading.Thread(target=sum_views, name="lamina-crc32")
     if checksums:
-        summing.start()
+        try:
+            summing.start()
+        except RuntimeError:  # Python 3.12 starts no thread once the main one has ended
+            sum_views()
     try:
         batch: list[np.ndarray] = []
         offset = start
@@ -235,7 +238,7 @@ def _write_data(
                 batch.append(view)
         write_at(fd, offset, batch)
     finally:
-        if checksums:
+        if summing.ident is not None:
             summing.join()
 
 

@@ -77,7 +77,8 @@ class Description:
     Example:
         >>> import lamina.show
         >>> from lamina import nn
-        >>> print(lamina.show.describe(nn.LayerNorm(3).bias))
+        >>> layer = nn.LayerNorm(3)
+        >>> print(lamina.show.describe(layer.bias))
         parameter 'bias': float32 (3,), recipe Zeros(), trainable
           no value yet
     """
