@@ -24,6 +24,7 @@ ARROWS = {
     "cli": {"_core", "_version", "train", "testing", "demo", "interchange", *MIDDLE},
     "__main__": {"cli"},
     "_version": set(),
+    "errors": {"_core"},
 }
 # (package, other package): why it may know its sibling.
 SIBLINGS: dict[tuple[str, str], str] = {

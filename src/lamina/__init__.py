@@ -8,8 +8,7 @@ Example:
     (4, 2)
 """
 
-from . import io, nn, show
-from ._core import errors
+from . import errors, io, nn, show
 from ._core.materialize import infer, materialize
 from ._core.random import Generator, manual_seed, next_key, rng
 from ._version import __version__ as __version__

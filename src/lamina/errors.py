@@ -1,0 +1,27 @@
+"""Every error that lamina raises on purpose."""
+
+from ._core.errors import (
+    DataDependentError,
+    DeferredError,
+    FileError,
+    ForeignTransformError,
+    LaminaError,
+    LoadError,
+    RuleError,
+    ShapeError,
+    StaticWriteError,
+    TypeMismatchError,
+)
+
+__all__ = [
+    "DataDependentError",
+    "DeferredError",
+    "FileError",
+    "ForeignTransformError",
+    "LaminaError",
+    "LoadError",
+    "RuleError",
+    "ShapeError",
+    "StaticWriteError",
+    "TypeMismatchError",
+]
