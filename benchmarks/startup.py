@@ -1,7 +1,7 @@
 """What ``import lamina`` adds to the import of JAX and optax, which it cannot do without.
 
 Both are imported in fresh interpreters, in turn; the difference is taken pair by pair. The
-interpreter's own start is not counted. CPU seconds are steadier where other work disturbs the clock.
+interpreter's own start is not counted. CPU seconds are the steadier ones on a busy machine.
 """
 
 from __future__ import annotations
