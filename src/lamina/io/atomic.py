@@ -46,11 +46,11 @@ def replacing(path: str | os.PathLike[str], size: int = 0, *, sync: bool = True)
             as it was, and nothing is left beside it.
 
     Example:
-        >>> import os, tempfile
-        >>> target = os.path.join(tempfile.mkdtemp(), "x.txt")
+        >>> import os, pathlib, tempfile
+        >>> target = pathlib.Path(tempfile.mkdtemp(), "x.txt")
         >>> with replacing(target) as fd:
         ...     _ = os.write(fd, b"all of it")
-        >>> open(target).read()
+        >>> target.read_text()
         'all of it'
     """
     target = os.path.realpath(os.fspath(path))

@@ -77,9 +77,9 @@ def kind_of(path: str | os.PathLike[str]) -> str:
         FileError: saying what the file is, and what to do, if it is nothing that we read.
 
     Example:
-        >>> import tempfile, os
-        >>> path = os.path.join(tempfile.mkdtemp(), "model.safetensors")
-        >>> _ = open(path, "w").write("version https://git-lfs.github.com/spec/v1")
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> _ = path.write_text("version https://git-lfs.github.com/spec/v1")
         >>> kind_of(path)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         lamina._core.errors.FileError: ... is a git-lfs pointer, not the file itself; run: ...
