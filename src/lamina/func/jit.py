@@ -118,7 +118,7 @@ class Jitted:
         place = tuple(key)
         binding = self._bindings.get(place)
         if binding is not None and binding.version == VERSION.static and not STATE.frames:
-            if binding.is_unchanged():
+            if not (binding.mutable or binding.program.guards) or binding.is_unchanged():
                 try:
                     return binding.run(arrays)
                 except Retry:
