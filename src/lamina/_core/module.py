@@ -557,8 +557,9 @@ def _check_name(module: Module, name: Any, registry: dict[str, Any]) -> None:
         raise KeyError("a name can't be empty")
     if "." in name:
         raise KeyError(f"a name can't contain a dot, got {name!r}; dots separate levels")
+    parts = (module._parameters, module._buffers, module._modules)
     taken = hasattr(type(module), name) or name in module.__dict__
-    if (taken or hasattr(module, name)) and name not in registry:
+    if (taken or any(name in part for part in parts)) and name not in registry:
         raise KeyError(f"{type(module).__name__} has an attribute {name!r} already")
 
 

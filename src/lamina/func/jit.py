@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -105,26 +106,48 @@ class Jitted:
             args = (self._module, *args)
         if self._has_static:
             args, kwargs = self._mark_static(args, kwargs)
+        place, arrays = self._place(args, kwargs)
+        binding = self._bindings.get(place)
+        learnt = None
+        if (
+            binding is not None
+            and binding.version == VERSION.static
+            and not STATE.frames
+            and binding.is_unchanged()
+        ):
+            try:
+                return binding.run(arrays)
+            except Retry:
+                learnt = binding.learnt
         leaves, treedef = jax.tree.flatten((args, kwargs))
+        return self._call(place, leaves, treedef, _caller(arrays), learnt or _Learnt())
+
+    def _place(self, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+        """Return what identifies a call except for its arrays, and the arrays."""
         arrays: list[Any] = []
-        key: list[Any] = [treedef]
+        key: list[Any] = []
+        if not kwargs:
+            for arg in args:  # most calls: only modules and arrays, no tree to flatten
+                kind = _KINDS.get(type(arg))
+                if kind == _ARRAY:
+                    arrays.append(arg)
+                    key.append(None)
+                elif kind == _OWNER:
+                    key.append(id(arg))
+                else:
+                    break
+            else:
+                return tuple(key), arrays
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        arrays, key = [], [treedef]
         for leaf in leaves:
-            kind = _KINDS.get(type(leaf)) or _classify(leaf)
+            kind = _classify(leaf)
             if kind == _ARRAY:
                 arrays.append(leaf)
                 key.append(None)
             else:
                 key.append(id(leaf) if kind == _OWNER else _static_key(leaf))
-        place = tuple(key)
-        binding = self._bindings.get(place)
-        if binding is not None and binding.version == VERSION.static and not STATE.frames:
-            if not (binding.mutable or binding.program.guards) or binding.is_unchanged():
-                try:
-                    return binding.run(arrays)
-                except Retry:
-                    learnt = binding.learnt
-                    return self._call(place, leaves, treedef, _caller(arrays), learnt)
-        return self._call(place, leaves, treedef, _caller(arrays), _Learnt())
+        return tuple(key), arrays
 
     def _call(
         self,
@@ -400,6 +423,8 @@ class _Binding:
         return [owner for ref in self.owner_refs if (owner := ref()) is not None]
 
     def is_unchanged(self) -> bool:
+        if not self.mutable and not self.program.guards:
+            return True
         return self.program.names_stand() and all(
             static_value(container) == mark for container, mark in self.mutable
         )
@@ -421,20 +446,19 @@ class _Binding:
         program = self.program
         with LOCK:
             program.current = self
-            donated = [box._value for box in self.donated]
+            kept = list(map(_VALUE, self.kept))
+            if not self.donated:
+                try:
+                    return self.open(program.compiled([], kept, arrays)[1])
+                finally:
+                    program.current = None
+            donated = list(map(_VALUE, self.donated))
             copied = self._protect(donated) if self.seen_exposed != VERSION.exposed else ()
             results: list[Any] = []
             try:
                 # Called through map, so that an interrupt that arrives during the call can't come
                 # between the return and the assignment, when the donated values are gone already.
-                results.extend(
-                    map(
-                        program.compiled,
-                        (donated,),
-                        ([box._value for box in self.kept],),
-                        (arrays,),
-                    )
-                )
+                results.extend(map(program.compiled, (donated,), (kept,), (arrays,)))
             except Exception as error:
                 if any(v is not None and v.is_deleted() for v in donated):
                     error.add_note(_LOST.format(name=program.name))
@@ -581,6 +605,7 @@ class _Argument:
         return hash((self.place, self.name))
 
 
+_VALUE = operator.attrgetter("_value")
 _ARRAY, _OWNER, _STATIC = 1, 2, 3
 _KINDS: dict[type, int] = {}
 
