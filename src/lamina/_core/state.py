@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -186,12 +187,11 @@ class StateMixin:
                 f"load_state_dict: expected a mapping of names to arrays, got "
                 f"{type(state_dict).__name__}"
             )
-        before = [_snapshot(box) for box in walk(self).names]
         missing: list[str] = []
         unexpected: list[str] = []
         errors: list[str] = []
         options = {"assign": assign, "cast": cast}
-        try:
+        with all_or_nothing(walk(self).names):
             _load(self, dict(state_dict), options, strict, missing, unexpected, errors)
             missing = _without_ties(self, missing, state_dict)
             result = IncompatibleKeys(missing, unexpected)
@@ -199,13 +199,6 @@ class StateMixin:
                 for hook in list(module._load_hooks.values()):
                     hook(module, result)
             _report(self, state_dict, strict, *result, errors)
-        except BaseException:
-            for box, values in before:
-                for field, value in values.items():
-                    setattr(box, field, value)
-            VERSION.exposed += 1
-            VERSION.static += 1
-            raise
         return result
 
     def _load_from_state_dict(
@@ -304,9 +297,20 @@ def _load(
             _load(child, parts.get(name, {}), options, strict, missing, unexpected, errors, start)
 
 
-def _snapshot(box: Box) -> tuple[Box, dict[str, Any]]:
+@contextlib.contextmanager
+def all_or_nothing(boxes: Iterable[Box]) -> Iterator[None]:
+    """Give boxes back what they held if the block fails."""
     fields = ("_value", "_shape", "_dtype", "_exposed")
-    return box, {field: getattr(box, field) for field in fields}
+    before = [(box, {field: getattr(box, field) for field in fields}) for box in boxes]
+    try:
+        yield
+    except BaseException:
+        for box, values in before:
+            for field, value in values.items():
+                setattr(box, field, value)
+        VERSION.exposed += 1
+        VERSION.static += 1
+        raise
 
 
 def _take(box: Box, value: Any, options: Mapping[str, Any]) -> str | None:

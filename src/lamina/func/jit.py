@@ -146,7 +146,7 @@ class Jitted:
                 arrays.append(leaf)
                 key.append(None)
             else:
-                key.append(id(leaf) if kind == _OWNER else _static_key(leaf))
+                key.append(id(leaf) if kind == _OWNER else static_value(leaf))
         return tuple(key), arrays
 
     def _call(
@@ -194,7 +194,7 @@ class Jitted:
             if kind == _OWNER:
                 owners.append(leaf)
             elif kind == _STATIC:
-                statics.append(_static_key(leaf))
+                statics.append(static_value(leaf))
         shape = tuple(map(_classify, leaves))
         binding = _Binding(leaves, treedef, shape, owners)
         key = (treedef, shape, tuple(statics), binding.fingerprint)
@@ -619,10 +619,6 @@ def _classify(leaf: Any) -> int:
             kind = _OWNER if hasattr(leaf, "_state_boxes") else _STATIC
         _KINDS[type(leaf)] = kind
     return kind
-
-
-def _static_key(leaf: Any) -> Any:
-    return static_value(leaf)
 
 
 def _ref_key(ref: Any) -> Any:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from .._core.bind import VERSION
 from .._core.errors import FileError, LoadError
 from .._core.module import Module
 from .._core.random import DEFAULT
+from .._core.state import all_or_nothing
 from .._core.walk import walk
 from .arrays import to_jax
 from .native import load
@@ -118,17 +118,5 @@ def _model_state(file: TensorFile) -> dict[str, Any]:
 def _all_or_nothing(net: Module | None) -> Iterator[None]:
     """Give boxes and generator back what they held if the block fails."""
     boxes = [] if net is None else walk(net).boxes
-    fields = ("_value", "_shape", "_dtype", "_exposed")
-    before = [
-        (box, {field: getattr(box, field) for field in fields})
-        for box in [*boxes, DEFAULT._seed, DEFAULT._offset]
-    ]
-    try:
+    with all_or_nothing([*boxes, DEFAULT._seed, DEFAULT._offset]):
         yield
-    except BaseException:
-        for box, values in before:
-            for field, value in values.items():
-                setattr(box, field, value)
-        VERSION.static += 1
-        VERSION.exposed += 1
-        raise
