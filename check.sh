@@ -19,7 +19,7 @@ lint() {
 }
 
 types() {
-    "$PYTHON" -m pyright --pythonpath "$("$PYTHON" -c 'import sys; print(sys.executable)')"
+    "$PYTHON" -m pyright --project pyproject.toml --pythonpath "$("$PYTHON" -c 'import sys; print(sys.executable)')"
 }
 
 # Examples run under the settings a user has, and not under those of tests/conftest.py; several
