@@ -7,8 +7,10 @@ copies a borrowed buffer before it writes to it, so the file is never changed.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ from .._core.errors import FileError, TypeMismatchError
 from .mounts import on_network
 from .tensorfile import FileBytes, TensorHandle
 
-__all__ = ["host_array", "is_array", "to_jax", "to_numpy"]
+__all__ = ["garbage_collector_paused", "host_array", "is_array", "to_jax", "to_numpy"]
 
 _ALIGN = 64
 _SMALL = 4096
@@ -32,6 +34,19 @@ _NARROW = {
 }
 
 
+@contextlib.contextmanager
+def garbage_collector_paused() -> Iterator[None]:
+    """Thousands of new objects would have it search the whole heap for garbage again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@garbage_collector_paused()
 def to_jax(
     handles: Sequence[TensorHandle], *, dtype: Any = None, copy: bool | None = None
 ) -> list[jax.Array]:
@@ -69,6 +84,7 @@ def to_jax(
     ]
 
 
+@garbage_collector_paused()
 def to_numpy(
     handles: Sequence[TensorHandle], *, dtype: Any = None, copy: bool | None = None
 ) -> list[np.ndarray]:
@@ -293,7 +309,7 @@ def _warn_narrowed(handles: list[TensorHandle], narrow: dict[np.dtype, np.dtype]
     warnings.warn(
         f"{handles[0].file}: 64-bit tensors were loaded as 32-bit: {shown}. Keep 64 bits with "
         f'jax.config.update("jax_enable_x64", True), or load with numpy=True.',
-        stacklevel=4,
+        stacklevel=5,  # _warn_narrowed, to_jax and its wrapper, load
     )
 
 

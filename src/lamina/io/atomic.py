@@ -12,7 +12,7 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from .._core.errors import FileError
 __all__ = ["replacing", "sync_directory", "write_at"]
 
 _MOST_BUFFERS = 512
-_MOST_BYTES = 1 << 30
+_MOST_BYTES = 256 << 20
 _NO_TMPFILE = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
 _NO_ALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
@@ -82,8 +82,19 @@ def replacing(path: str | os.PathLike[str], size: int = 0, *, sync: bool = True)
                 os.unlink(temporary)
 
 
-def write_at(fd: int, offset: int, buffers: Sequence[np.ndarray]) -> None:
+def write_at(
+    fd: int,
+    offset: int,
+    buffers: Sequence[np.ndarray],
+    progress: Callable[[int], Any] | None = None,
+) -> None:
     """Write consecutive ``uint8`` arrays from ``offset`` on, in few system calls.
+
+    Args:
+        fd: a file, open for writing.
+        offset: where the first byte goes.
+        buffers: what to write.
+        progress: called with the number of bytes after each system call.
 
     Raises:
         OSError: if the disk is full or fails.
@@ -103,6 +114,8 @@ def write_at(fd: int, offset: int, buffers: Sequence[np.ndarray]) -> None:
             total += buffer.nbytes
         written = os.pwritev(fd, batch, offset)
         offset += written
+        if progress is not None:
+            progress(written)
         if not written and total:
             raise OSError(errno.EIO, "the file system accepts no more data")
         for buffer in reversed(batch):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.errors import FileError
-from .convert import convert, format_of
+from .convert import Count, convert, format_of
 from .diff import FileDiff, file_diff
 from .native import select
 from .rename import Renaming
@@ -225,10 +225,10 @@ def _tolerate(
 
 def _check(options: argparse.Namespace) -> int:
     with open_any(options.file) as file:
-        count = file.verify()
         unread = [name for name in file if name not in file.checksums and name not in file.ties]
         refused = [name for name in unread if file[name].refused]
-        with _progress("reading", sum(file[name].nbytes for name in unread)) as advance:
+        with _progress("checking", file.nbytes) as advance:
+            count = file.verify(advance)
             for name in unread if not count else ():
                 if not file[name].refused:
                     for chunk in file[name].chunks():
@@ -251,10 +251,10 @@ def _convert(options: argparse.Namespace) -> int:
         raise FileError(f"{target}: --shard needs --format safetensors, got {format}")
     rules = Renaming(options.rename) if options.rename else None
     with open_any(options.source) as file:
-        with _progress("converting", file.nbytes) as advance:
+        with _bar("converting", file.nbytes) as show:
             report = convert(
                 file, target, format=format, dtype=options.dtype, rename=rules,
-                only=options.only or None, max_shard_size=options.shard, progress=advance,
+                only=options.only or None, max_shard_size=options.shard, progress=show,
             )  # fmt: skip
         for text in report.remarks:
             print(f"lamina convert: {printable(text, 2000)}", file=sys.stderr)
@@ -281,8 +281,15 @@ def _own_metadata(file: TensorFile) -> dict[str, str]:
 @contextlib.contextmanager
 def _progress(label: str, total: int) -> Iterator[Callable[[int], Any]]:
     """Show a bar on a terminal while much is read; yields what to call with numbers of bytes."""
-    if total < _LONG or not sys.stderr.isatty():
-        yield lambda count: None
+    with _bar(label, total) as show:
+        yield Count(show, total)
+
+
+@contextlib.contextmanager
+def _bar(label: str, size: int) -> Iterator[Callable[[int, int], Any]]:
+    """The same for work whose total is known as it goes: yields ``show(done, total)``."""
+    if size < _LONG or not sys.stderr.isatty():
+        yield lambda done, total: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -290,8 +297,8 @@ def _progress(label: str, total: int) -> Iterator[Callable[[int], Any]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task(label, total=size)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _tolerance(text: str) -> float:

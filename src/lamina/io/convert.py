@@ -24,7 +24,7 @@ from .render import objects_beside
 from .tensorfile import FileBytes, TensorFile, TensorHandle
 from .torch_values import printable
 
-__all__ = ["Conversion", "convert", "format_of"]
+__all__ = ["Conversion", "Count", "convert", "format_of"]
 
 _ALIGN = 64
 _ENDINGS = {"npz": "npz", "pt": "torch", "pth": "torch", "bin": "torch", "ckpt": "torch"}
@@ -58,7 +58,7 @@ def convert(
     rename: Renaming | None = None,
     only: Sequence[str] | None = None,
     max_shard_size: int | None = None,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> Conversion:
     """Write the tensors of an open file into another one, atomically.
 
@@ -70,7 +70,8 @@ def convert(
         rename: rules for the names.
         only: names or globs of the tensors to take, by their old names.
         max_shard_size: bytes of a shard.
-        progress: called with the number of bytes after each piece that is cast or rearranged.
+        progress: called after each piece that is cast, rearranged or written, with the number of
+            bytes so far and of all.
 
     Returns:
         What was written. Ties stay ties. The structure around the tensors is kept if it is plain
@@ -99,14 +100,15 @@ def convert(
     target_dtype = None if dtype is None else np.dtype(dtype)
     directory = os.path.dirname(os.path.realpath(os.fspath(target)))
     with tempfile.TemporaryFile(dir=directory) as scratch:
-        spool = _Spool(scratch.fileno(), target_dtype, progress or (lambda count: None))
+        count = Count(progress)
+        spool = _Spool(scratch.fileno(), target_dtype, count)
         arrays = spool.arrays(chosen)
         obj: Any = {new: arrays[chosen[old].key] for old, new in names.items()}
         if whole:
             obj = _fill(file.tree, arrays)
         save(
             obj, target, format=format, max_shard_size=max_shard_size,
-            metadata=_metadata(file, obj) if format == "safetensors" else None,
+            metadata=_metadata(file, obj) if format == "safetensors" else None, progress=count,
         )  # fmt: skip
     if spool.overflows:
         remarks.append(f"{spool.overflows} values are too large for {dtype} and are not finite now")
@@ -114,10 +116,24 @@ def convert(
     return Conversion(len(chosen), size, remarks)
 
 
+class Count:
+    """Adds up bytes, and tells how many of all are done."""
+
+    def __init__(self, tell: Callable[[int, int], Any] | None, total: int = 0) -> None:
+        self.tell = tell
+        self.total = total
+        self.done = 0
+
+    def __call__(self, size: int) -> None:
+        self.done += size
+        if self.tell is not None:
+            self.tell(self.done, self.total)
+
+
 class _Spool:
     """Casts and rearranges tensors into a scratch file."""
 
-    def __init__(self, fd: int, dtype: np.dtype | None, progress: Callable[[int], Any]) -> None:
+    def __init__(self, fd: int, dtype: np.dtype | None, progress: Count) -> None:
         self.fd = fd
         self.dtype = dtype
         self.progress = progress
@@ -127,26 +143,28 @@ class _Spool:
     def arrays(self, handles: Mapping[str, TensorHandle]) -> dict[Hashable, Any]:
         """Return an array for each distinct tensor, mapped from its file or from the scratch."""
         made: dict[Hashable, Any] = {}
-        placed: list[tuple[Hashable, TensorHandle, np.dtype, int]] = []
+        waiting: list[tuple[TensorHandle, np.dtype, int]] = []
         for handle in handles.values():
             if handle.key in made:
                 continue
             wanted = self._wanted(handle)
+            size = handle.nbytes // handle.dtype.itemsize * wanted.itemsize
+            self.progress.total += size  # to be written in the end
             if handle.prng:
                 made[handle.key] = to_jax([handle])[0]
             elif wanted == handle.dtype and handle.contiguous and _mapped(handle):
                 made[handle.key] = handle.read()
             else:
-                made[handle.key] = None
-                placed.append((handle.key, handle, wanted, self._write(handle, wanted)))
+                made[handle.key] = np.empty(handle.shape, wanted) if size == 0 else None
+                self.progress.total += handle.nbytes  # to be cast before
+                waiting.append((handle, wanted, size))
+        starts = [self._write(handle, wanted) for handle, wanted, _ in waiting]
         if self._end:
             memory = np.frombuffer(mmap.mmap(self.fd, self._end, access=mmap.ACCESS_READ), np.uint8)
-            for key, handle, wanted, start in placed:
-                size = handle.nbytes // handle.dtype.itemsize * wanted.itemsize
-                made[key] = memory[start : start + size].view(wanted).reshape(handle.shape)
-        for key, handle, wanted, _ in placed:
-            if made[key] is None:
-                made[key] = np.empty(handle.shape, wanted)
+            for (handle, wanted, size), start in zip(waiting, starts, strict=True):
+                if size:
+                    part = memory[start : start + size].view(wanted)
+                    made[handle.key] = part.reshape(handle.shape)
         return made
 
     def _wanted(self, handle: TensorHandle) -> np.dtype:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +33,7 @@ def save(
     metadata: Mapping[str, str] | None = None,
     checksums: bool = True,
     sync: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> None:
     """Save a module, a state dict or any nested structure of arrays, completely or not at all.
 
@@ -49,6 +48,7 @@ def save(
         checksums: record a crc32 for each tensor (npz and torch files always have them).
         sync: wait until everything is on disk. Without it the file is still replaced in one step,
             but a power failure may lose it.
+        progress: called with the number of bytes after each piece that is written.
 
     Raises:
         TypeMismatchError: naming the path of the first thing in ``obj`` that is not data.
@@ -70,23 +70,27 @@ def save(
             if sum(array.nbytes for array in flat.tensors.values()) > limit:
                 write_sharded(
                     flat.tensors, path, limit, description=flat.description, metadata=words,
-                    ties=flat.ties, checksums=checksums, sync=sync,
+                    ties=flat.ties, checksums=checksums, sync=sync, progress=progress,
                 )  # fmt: skip
                 return
         if flat.description:
             words[DESCRIPTION] = flat.description
         write_safetensors(
-            flat.tensors, path, metadata=words, ties=flat.ties, checksums=checksums, sync=sync
-        )
+            flat.tensors, path, metadata=words, ties=flat.ties, checksums=checksums, sync=sync,
+            progress=progress,
+        )  # fmt: skip
         remove_index(path)
         return
     if metadata or max_shard_size is not None:
         raise ValueError(f"metadata and max_shard_size need format='safetensors', got {format!r}")
     if format == "npz":
         flat = flatten(obj, numpy_names)
-        write_npz(flat.tensors, path, description=flat.description, ties=flat.ties, sync=sync)
+        write_npz(
+            flat.tensors, path, description=flat.description, ties=flat.ties, sync=sync,
+            progress=progress,
+        )  # fmt: skip
     elif format == "torch":
-        save_torch(obj, path, sync=sync)
+        save_torch(obj, path, sync=sync, progress=progress)
     else:
         formats = ["safetensors", "npz", "torch"]
         raise ValueError(
@@ -147,8 +151,7 @@ def load(
         _check_readable(file, handles)
         try:
             read = to_numpy if numpy else to_jax
-            with _garbage_collector_paused():
-                arrays = read(handles, dtype=dtype, copy=copy)
+            arrays = read(handles, dtype=dtype, copy=copy)
         except MemoryError:
             needed = sum(handle.nbytes for handle in handles)
             raise FileError(
@@ -197,18 +200,6 @@ def select(file: TensorFile, names: str | Sequence[str]) -> dict[str, TensorHand
             raise FileError(f"{file.path}: no tensor matches {pattern!r}.{hint}")
         chosen.update((name, file[name]) for name in found)
     return {name: chosen[name] for name in file if name in chosen}
-
-
-@contextlib.contextmanager
-def _garbage_collector_paused() -> Iterator[None]:
-    """Thousands of new arrays would have it search the whole heap for garbage again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _user_metadata(

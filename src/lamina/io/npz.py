@@ -16,7 +16,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from .atomic import replacing
 from .strict_json import parse_json
 from .tensorfile import FileBytes, LazyBytes, TensorFile, TensorHandle
 from .tree import restore
-from .zip_records import Record, check_crc, read_directory, record_bytes
+from .zip_records import Record, check_records, read_directory, record_bytes
 
 __all__ = ["numpy_names", "open_npy", "open_npz", "write_npz"]
 
@@ -49,11 +49,9 @@ class _NpzFile(TensorFile):
     records: dict[str, Record]
     bytes: FileBytes
 
-    def verify(self) -> int:
+    def verify(self, progress: Callable[[int], Any] | None = None) -> int:
         data = self.bytes.buffer().data
-        for record in self.records.values():
-            check_crc(data, record, self.path)
-        return len(self.records)
+        return check_records(data, self.records.values(), self.path, progress)
 
 
 def open_npy(path: str | os.PathLike[str]) -> TensorFile:
@@ -120,6 +118,7 @@ def write_npz(
     description: str = "",
     ties: Mapping[str, str] | None = None,
     sync: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> None:
     """Write an ``.npz`` file (not compressed), atomically, its data 64-byte aligned.
 
@@ -129,6 +128,7 @@ def write_npz(
         description: what ``lamina.io.tree`` needs to give nested objects back.
         ties: ``{alias: name}``.
         sync: wait for the disk.
+        progress: called with the number of bytes after each tensor.
 
     Raises:
         FileError: if a name cannot be one in a zip file.
@@ -145,6 +145,8 @@ def write_npz(
                 archive.writestr(_entry(_DESCRIPTION, 0, file.tell()), json.dumps(words))
             for name, array in tensors.items():
                 _write_record(archive, file, f"{name}.npy", array)
+                if progress is not None:
+                    progress(array.nbytes)
         file.flush()
         os.ftruncate(fd, file.tell())
 

@@ -17,9 +17,7 @@ import json
 import math
 import os
 import struct
-import threading
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -27,6 +25,7 @@ import numpy as np
 
 from .._core.errors import FileError
 from .atomic import replacing, write_at
+from .checksum import crc32, summing
 from .strict_json import parse_json
 from .tensorfile import FileBytes, TensorFile, TensorHandle
 from .tree import DESCRIPTION, restore
@@ -131,6 +130,7 @@ def write_safetensors(
     ties: Mapping[str, str] | None = None,
     checksums: bool = True,
     sync: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> None:
     """Write a safetensors file, atomically.
 
@@ -141,6 +141,7 @@ def write_safetensors(
         ties: ``{alias: name}``, recorded in the metadata.
         checksums: record a crc32 for each tensor, computed beside the writing.
         sync: wait for the disk.
+        progress: called with the number of bytes after each piece that is written.
 
     Raises:
         FileError: if a dtype is not one of the format's, or a name is reserved.
@@ -168,7 +169,7 @@ def write_safetensors(
     entries = _entries(tensors, offsets)
     start = len(_header(entries, words, sums))
     with replacing(path, start + size, sync=sync) as fd:
-        _write_data(fd, start, tensors, order, sums)
+        _write_data(fd, start, tensors, order, sums, progress)
         write_at(fd, 0, [np.frombuffer(_header(entries, words, sums), np.uint8)])
 
 
@@ -181,13 +182,16 @@ def _layout_key(array: np.ndarray) -> tuple[bool, int]:
 
 def _entries(tensors: Mapping[str, np.ndarray], offsets: Mapping[str, int]) -> str:
     """Return the header's text about the tensors, with a comma before each."""
-    return "".join(
-        f',{json.dumps(name, ensure_ascii=False)}:{{"dtype":"{dtype_name(array.dtype)}",'
-        f'"shape":{list(array.shape)},"data_offsets":[{at},{at + array.nbytes}]}}'
-        for (name, array), at in zip(
-            tensors.items(), map(offsets.__getitem__, tensors), strict=True
-        )
-    )
+    entries = {
+        name: {
+            "dtype": dtype_name(array.dtype),
+            "shape": array.shape,
+            "data_offsets": (offsets[name], offsets[name] + array.nbytes),
+        }
+        for name, array in tensors.items()
+    }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
+    return f",{text[1:-1]}" if entries else ""
 
 
 def _header(entries: str, metadata: dict[str, str], checksums: dict[str, int]) -> bytes:
@@ -209,37 +213,24 @@ def _write_data(
     tensors: Mapping[str, np.ndarray],
     order: list[str],
     checksums: dict[str, int],
+    progress: Callable[[int], Any] | None,
 ) -> None:
     """Write the tensors one after another, while a second thread sums them."""
     views = {name: _bytes(tensors[name]) for name in order if tensors[name].flags.c_contiguous}
-
-    def sum_views() -> None:
-        for name, view in views.items():
-            checksums[name] = zlib.crc32(view.data)
-
-    summing = threading.Thread(target=sum_views, name="lamina-crc32")
-    if checksums:
-        try:
-            summing.start()
-        except RuntimeError:  # Python 3.12 starts no thread once the main one has ended
-            sum_views()
-    try:
+    with summing(views if checksums else {}, checksums):
         batch: list[np.ndarray] = []
         offset = start
         for name in order:
             view = views.get(name)
             if view is None:
-                write_at(fd, offset, batch)
+                write_at(fd, offset, batch, progress)
                 offset += sum(piece.nbytes for piece in batch)
                 batch = [_bytes(np.ascontiguousarray(tensors[name]))]
                 if checksums:
-                    checksums[name] = zlib.crc32(batch[0].data)
+                    checksums[name] = crc32(batch[0])
             else:
                 batch.append(view)
-        write_at(fd, offset, batch)
-    finally:
-        if summing.ident is not None:
-            summing.join()
+        write_at(fd, offset, batch, progress)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

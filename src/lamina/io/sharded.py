@@ -95,8 +95,9 @@ def open_index(path: str | os.PathLike[str], open_shard: Opener) -> TensorFile:
 class _ShardedFile(TensorFile):
     """A checkpoint of several files, each with its own checksums."""
 
-    def verify(self) -> int:
-        return sum(shard.verify() for shard in self._sources if isinstance(shard, TensorFile))
+    def verify(self, progress: Callable[[int], Any] | None = None) -> int:
+        shards = (shard for shard in self._sources if isinstance(shard, TensorFile))
+        return sum(shard.verify(progress) for shard in shards)
 
 
 def open_directory(path: str | os.PathLike[str], open_shard: Opener) -> TensorFile:
@@ -145,6 +146,7 @@ def write_sharded(
     ties: Mapping[str, str] | None = None,
     checksums: bool = True,
     sync: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> None:
     """Write safetensors shards of at most ``max_bytes`` of data (or one tensor) and their index.
 
@@ -159,6 +161,7 @@ def write_sharded(
         ties: ``{alias: name}``.
         checksums: record a crc32 for each tensor.
         sync: wait for the disk.
+        progress: called with the number of bytes after each piece that is written.
 
     Raises:
         FileError, OSError: as ``write_safetensors``; the old checkpoint is then as it was.
@@ -176,8 +179,9 @@ def write_sharded(
             own = {alias: kept for alias, kept in (ties or {}).items() if kept in group}
             written.append(os.path.join(directory, name))
             write_safetensors(
-                group, written[-1], metadata=metadata, ties=own, checksums=checksums, sync=sync
-            )
+                group, written[-1], metadata=metadata, ties=own, checksums=checksums, sync=sync,
+                progress=progress,
+            )  # fmt: skip
         words = {**(metadata or {}), "total_size": sum(a.nbytes for a in tensors.values())}
         if description:
             words[DESCRIPTION] = description

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, Mapping, ValuesView
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from .._core.errors import FileError, did_you_mean
+from .checksum import crc32
 from .filebytes import FileBytes, LazyBytes
 
 __all__ = ["FileBytes", "LazyBytes", "TensorFile", "TensorHandle"]
 
 _CHUNK = 1 << 20
+_VERIFY_CHUNK = 4 << 20
+_THREADS = 2
 
 
 class TensorHandle:
@@ -305,8 +308,11 @@ class TensorFile(Mapping[str, TensorHandle]):
             self._checksums = self._checksums()
         return self._checksums
 
-    def verify(self) -> int:
+    def verify(self, progress: Callable[[int], Any] | None = None) -> int:
         """Compare every recorded checksum with the data.
+
+        Args:
+            progress: called with a number of bytes after each tensor.
 
         Returns:
             How many tensors were compared; 0 if the file records no checksums.
@@ -316,12 +322,19 @@ class TensorFile(Mapping[str, TensorHandle]):
         """
         damaged = []
         checksums = self.checksums
-        for name, recorded in checksums.items():
-            handle, found = self[name], 0
-            for chunk in handle.chunks():
-                found = zlib.crc32(chunk.view(np.uint8).data, found)
-            if found != recorded:
-                damaged.append(name)
+
+        def found(name: str) -> int:
+            value = 0
+            for chunk in self[name].chunks(_VERIFY_CHUNK):
+                value = crc32(chunk.view(np.uint8), value)
+            return value
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for name, value in zip(checksums, pool.map(found, checksums), strict=True):
+                if value != checksums[name]:
+                    damaged.append(name)
+                if progress is not None:
+                    progress(self[name].nbytes)
         if damaged:
             shown = ", ".join(repr(name) for name in damaged[:10])
             more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""

@@ -43,6 +43,7 @@ def save_torch(
     *,
     ties: Mapping[str, str] | None = None,
     sync: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> None:
     """Save an object so that ``torch.load(path)`` gives it back, with tensors for the arrays.
 
@@ -55,6 +56,7 @@ def save_torch(
         ties: ``{alias: name}`` of dotted names: ``alias`` becomes the same tensor as ``name``. An
             alias that is not in ``obj`` is added beside its tensor.
         sync: wait for the disk.
+        progress: called with the number of bytes after each piece that is written.
 
     Raises:
         TypeMismatchError: naming the path of the first thing that PyTorch has no type for.
@@ -77,7 +79,7 @@ def save_torch(
     records += [("archive/byteorder", _text(b"little"))]
     records += [(f"archive/data/{i}", array) for i, array in enumerate(pickler.storages)]
     records += [("archive/version", _text(b"3\n"))]
-    write_zip(records, path, sync=sync)
+    write_zip(records, path, sync=sync, progress=progress)
 
 
 def _text(content: bytes) -> np.ndarray:

@@ -7,6 +7,8 @@ raw bytes that PyTorch aligns to 64, so that they are mapped and never copied.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 from .._core.errors import FileError
 from .tensorfile import FileBytes, LazyBytes, TensorFile
@@ -16,7 +18,7 @@ from .torch_storages import StorageTable
 from .torch_tensors import Storage
 from .torch_tree import NamedTensors
 from .torch_values import printable
-from .zip_records import DEFLATED, Record, check_crc, read_directory, record_bytes
+from .zip_records import DEFLATED, Record, check_crc, check_records, read_directory, record_bytes
 
 __all__ = ["open_torch_zip"]
 
@@ -67,12 +69,9 @@ class _ZipFile(TensorFile):
     records: dict[str, Record]
     bytes: FileBytes
 
-    def verify(self) -> int:
+    def verify(self, progress: Callable[[int], Any] | None = None) -> int:
         data = self.bytes.buffer().data
-        recorded = [record for record in self.records.values() if record.crc]
-        for record in recorded:
-            check_crc(data, record, self.path)
-        return len(recorded)
+        return check_records(data, self.records.values(), self.path, progress)
 
 
 class _ZipReader:

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from .._core.errors import FileError, TypeMismatchError
-from .arrays import host_array, is_array
+from .arrays import garbage_collector_paused, host_array, is_array
 from .strict_json import parse_json
 from .tensorfile import TensorHandle
 
@@ -76,6 +76,7 @@ class Flat(NamedTuple):
     description: str
 
 
+@garbage_collector_paused()
 def flatten(obj: Any, storable: Callable[[np.dtype], bool]) -> Flat:
     """Take an object apart into named arrays and a description.
 
@@ -261,7 +262,9 @@ class _Builder:
         self.ties[self._unique(path, _TAKEN)] = name
 
     def _unique(self, path: tuple[str, ...], taken: set[str]) -> str:
-        stem = ".".join(path).encode("utf-8", "replace").decode() if path else "array"
+        stem = ".".join(path) if path else "array"
+        if not stem.isascii():
+            stem = stem.encode("utf-8", "replace").decode()
         name, count = stem, 1
         while name in self.tensors or name in self.ties or name in taken:
             count += 1
@@ -276,7 +279,7 @@ _TAKEN = {"__metadata__", "format", "total_size", DESCRIPTION, f"{DESCRIPTION}.c
 def _identity(value: Any) -> Any:
     """Equal for arrays that are one object, or one piece of memory seen in the same way."""
     if isinstance(value, np.ndarray):
-        return (value.ctypes.data, value.shape, value.strides, value.dtype)
+        return (value.__array_interface__["data"][0], value.shape, value.strides, value.dtype)
     return id(value)
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 import struct
 import zlib
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._core.errors import FileError
+from .checksum import crc32
 from .torch_values import printable
 
-__all__ = ["Record", "check_crc", "read_directory", "record_bytes"]
+__all__ = ["Record", "check_crc", "check_records", "read_directory", "record_bytes"]
 
 STORED, DEFLATED = 0, 8
 ENCRYPTED, STREAMED, UTF8 = 1, 8, 1 << 11
@@ -73,7 +75,7 @@ def record_bytes(data: memoryview, record: Record, where: str) -> np.ndarray:
         whole = _inflate(packed, record.size)
     except (zlib.error, ValueError):
         raise _bad(where, record.name, "does not inflate to the announced size") from None
-    if record.crc and zlib.crc32(whole.data) != record.crc:
+    if record.crc and crc32(whole) != record.crc:
         raise _bad(where, record.name, "does not match its checksum")
     return whole
 
@@ -81,8 +83,24 @@ def record_bytes(data: memoryview, record: Record, where: str) -> np.ndarray:
 def check_crc(data: memoryview, record: Record, where: str) -> None:
     """Compare a record with the checksum in the directory, where one was recorded."""
     content = record_bytes(data, record, where)
-    if record.crc and zlib.crc32(content.data) != record.crc:
+    if record.crc and crc32(content) != record.crc:
         raise _bad(where, record.name, "does not match its checksum")
+
+
+def check_records(
+    data: memoryview,
+    records: Iterable[Record],
+    where: str,
+    progress: Callable[[int], Any] | None = None,
+) -> int:
+    """Compare all records with their checksums; returns how many have one."""
+    count = 0
+    for record in records:
+        check_crc(data, record, where)
+        count += bool(record.crc)
+        if progress is not None:
+            progress(record.size)
+    return count
 
 
 def _inflate(packed: memoryview, size: int) -> np.ndarray:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
-import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .atomic import replacing, write_at
+from .checksum import crc32, summing
 
 __all__ = ["write_zip"]
 
@@ -39,7 +38,11 @@ class _Place(NamedTuple):
 
 
 def write_zip(
-    records: Sequence[tuple[str, np.ndarray]], path: str | os.PathLike[str], *, sync: bool = True
+    records: Sequence[tuple[str, np.ndarray]],
+    path: str | os.PathLike[str],
+    *,
+    sync: bool = True,
+    progress: Callable[[int], Any] | None = None,
 ) -> None:
     """Write a zip file, atomically.
 
@@ -48,6 +51,7 @@ def write_zip(
             time.
         path: the target, replaced only when everything is on disk.
         sync: wait for the disk.
+        progress: called with the number of bytes after each piece that is written.
 
     Raises:
         OSError: if the disk is full or the directory is not writable.
@@ -61,7 +65,7 @@ def write_zip(
         at = data + content.nbytes
     size = at + len(_directory(places, [0] * len(places), at))
     with replacing(path, size, sync=sync) as fd:
-        sums = _write_contents(fd, places, [content for _, content in records])
+        sums = _write_contents(fd, places, [content for _, content in records], progress)
         write_at(fd, at, [np.frombuffer(_directory(places, sums, at), np.uint8)])
 
 
@@ -73,18 +77,16 @@ def _wide_bytes(size: int) -> int:
     return 20 if size >= _MARK32 else 0
 
 
-def _write_contents(fd: int, places: list[_Place], contents: list[np.ndarray]) -> list[int]:
+def _write_contents(
+    fd: int,
+    places: list[_Place],
+    contents: list[np.ndarray],
+    progress: Callable[[int], Any] | None,
+) -> list[int]:
     """Write every record, while a second thread sums those that need no copy."""
-    sums = [0] * len(places)
+    sums = dict.fromkeys(range(len(places)), 0)
     views = {i: _bytes(array) for i, array in enumerate(contents) if array.flags.c_contiguous}
-
-    def sum_views() -> None:
-        for i, view in views.items():
-            sums[i] = zlib.crc32(view.data)
-
-    summing = threading.Thread(target=sum_views, name="lamina-crc32")
-    summing.start()
-    try:
+    with summing(views, sums):
         # Headers lie between the contents; those that stand here get their checksums below.
         batch: list[np.ndarray] = []
         start = at = 0
@@ -94,17 +96,15 @@ def _write_contents(fd: int, places: list[_Place], contents: list[np.ndarray]) -
             batch += [header] if view is None else [header, view]
             at = place.data + (0 if view is None else place.size)
             if view is None:
-                write_at(fd, start, batch)
+                write_at(fd, start, batch, progress)
                 copy = _bytes(np.ascontiguousarray(contents[i]))
-                sums[i] = zlib.crc32(copy.data)
-                write_at(fd, at, [copy])
+                sums[i] = crc32(copy)
+                write_at(fd, at, [copy], progress)
                 start, batch = at + place.size, []
-        write_at(fd, start, batch)
-    finally:
-        summing.join()
-    for place, crc in zip(places, sums, strict=True):
-        os.pwrite(fd, struct.pack("<L", crc), place.header + 14)
-    return sums
+        write_at(fd, start, batch, progress)
+    for i, place in enumerate(places):
+        os.pwrite(fd, struct.pack("<L", sums[i]), place.header + 14)
+    return list(sums.values())
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
