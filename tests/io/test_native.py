@@ -179,7 +179,7 @@ def test_names(tmp_path):
 
 
 def test_numpy_arrays_are_views_or_writable_copies(tmp_path):
-    lamina.io.save({"w": np.ones(5000, "f4")}, tmp_path / "x")
+    lamina.io.save({"w": np.ones(50000, "f4")}, tmp_path / "x")
     view = lamina.io.load(tmp_path / "x", numpy=True)["w"]
     with pytest.raises(ValueError, match="read-only"):
         view[0] = 2
@@ -190,7 +190,7 @@ def test_numpy_arrays_are_views_or_writable_copies(tmp_path):
 
 def test_donation_never_writes_to_the_file(tmp_path):
     path = tmp_path / "x"
-    lamina.io.save({"w": jnp.ones((64, 64))}, path)
+    lamina.io.save({"w": jnp.ones((256, 64))}, path)
     before = path.read_bytes()
     loaded = lamina.io.load(path)
     step = jax.jit(lambda w: w * 2 + 1, donate_argnums=0)
@@ -202,7 +202,7 @@ def test_donation_never_writes_to_the_file(tmp_path):
 
 def test_saving_over_the_file_a_model_is_mapped_from(tmp_path):
     path = tmp_path / "x"
-    lamina.io.save({"w": jnp.arange(5000.0)}, path)
+    lamina.io.save({"w": jnp.arange(50000.0)}, path)
     for turn in range(3):
         loaded = lamina.io.load(path)
         lamina.io.save({"w": loaded["w"] + 1, "old": loaded["w"]}, path)
@@ -212,7 +212,7 @@ def test_saving_over_the_file_a_model_is_mapped_from(tmp_path):
 
 def test_no_descriptors_or_mappings_are_left(tmp_path):
     path = tmp_path / "x"
-    lamina.io.save({"w": jnp.arange(5000.0), "v": jnp.ones(3)}, path)
+    lamina.io.save({"w": jnp.arange(50000.0), "v": jnp.ones(3)}, path)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         lamina.io.load(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from .._core.errors import FileError
@@ -11,7 +10,7 @@ from .._core.errors import FileError
 __all__ = ["parse_json"]
 
 _MAX_DIGITS = 20
-_MANY_DIGITS = re.compile(rb"\d{%d}" % _MAX_DIGITS)
+_ALL_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 def parse_json(path: str, text: bytes, what: str, *, inexact: bool = False) -> Any:
@@ -53,7 +52,7 @@ def parse_json(path: str, text: bytes, what: str, *, inexact: bool = False) -> A
             text.decode("utf-8"),
             object_pairs_hook=unique,
             # A function for every number takes time, so it is there only where one may be long.
-            parse_int=integer if _MANY_DIGITS.search(text) else None,
+            parse_int=integer if b"0" * _MAX_DIGITS in text.translate(_ALL_ZERO) else None,
             parse_float=float if inexact else refuse,
             parse_constant=refuse,
         )
