@@ -13,7 +13,6 @@ the process, relative to the data. What is not installed is left out.
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import json
 import os
@@ -103,6 +102,34 @@ def load_jobs(folder: str) -> dict[str, Job]:
         reader = orbax.checkpoint.PyTreeCheckpointer()
         jobs["orbax"] = lambda: _ready(reader.restore(os.path.join(folder, "orbax")))
     return jobs
+
+
+def look_jobs(folder: str, tensors: dict[str, np.ndarray]) -> dict[str, Job]:
+    """What reads every value and keeps none; a diff reads two files of this size."""
+    own, same, other = (os.path.join(folder, name) for name in ("own.safetensors", "same", "other"))
+    lamina.io.save(tensors, same)
+    lamina.io.save({name: tensor + 1 for name, tensor in tensors.items()}, other)
+
+    def statistics_of_all() -> None:
+        with lamina.io.open(own) as file:
+            for handle in file.values():
+                lamina.io.tensor_stats(handle)
+
+    def verify() -> None:
+        with lamina.io.open(own) as file:
+            file.verify()
+
+    def diff(path: str) -> None:
+        with lamina.io.open(own) as first, lamina.io.open(path) as second:
+            lamina.io.file_diff(first, second)
+
+    return {
+        "plain read": lambda: plain_read(own),
+        "lamina.io.tensor_stats": statistics_of_all,
+        "lamina.io.file_diff, equal": lambda: diff(same),
+        "lamina.io.file_diff, every value differs": lambda: diff(other),
+        "verify checksums": verify,
+    }
 
 
 def save_jobs(target: str, tensors: dict[str, np.ndarray]) -> dict[str, Job]:
@@ -263,7 +290,8 @@ def main() -> None:
             first = {label: first_call(folder, label) for label in jobs}
             base = first["plain read"][0]
             more = {k: f"| {t / base:.2f} | {m / size:.2f} " for k, (t, m) in first.items()}
-            table(f"load {title}", rounds(jobs, count, size), lambda _: "plain read", more)
+            table(f"load {title}", rounds(jobs, count, size), _plain_read, more)
+            table(f"look {title}", rounds(look_jobs(folder, tensors), count, size), _plain_read, {})
             target = os.path.join(folder, "saved")
             times = rounds(save_jobs(target, tensors), count, size, target)
             table(f"save {title}", times, _plain_write, {})
@@ -271,7 +299,10 @@ def main() -> None:
             shutil.rmtree(folder)
 
 
-@functools.cache
+def _plain_read(_: str) -> str:
+    return "plain read"
+
+
 def _plain_write(label: str) -> str:
     return "plain write, sync" if label.endswith("sync") else "plain write"
 

@@ -143,6 +143,48 @@ def test_one_element_is_found(tmp_path, dtype):
     assert (found.values, found.max_abs, found.max_rel, found.first) == (1, 1.0, 1.0, (1100, 7))
 
 
+EDGES = {
+    "f4": [0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 1e-30, 7.0],
+    "f2": [0.0, -0.0, 6e-8, 65504, -65504, 1.0, 0.1, 7.0],
+    "f8": [0.0, -0.0, 5e-324, 1.7e308, 1e-30, -1e200, 1.0, 7.0],
+    "i8": [0, -1, 2**53, 2**53 + 1, -(2**63), 2**63 - 1, 7, 8],
+    "u1": [0, 255, 1, 254, 128, 127, 7, 8],
+    "i1": [0, -128, 127, 1, -1, 64, 7, 8],
+    "u8": [0, 2**64 - 1, 2**53, 2**53 + 1, 1, 2, 7, 8],
+}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        *((k, k) for k in EDGES),
+        ("f2", "f4"),
+        ("f4", "f8"),
+        ("u1", "i1"),
+        ("i1", "f4"),
+        ("i8", "u8"),
+    ],
+)
+def test_many_differences(tmp_path, first, second, special):
+    """Against plain arithmetic in float64, with enough elements for two threads."""
+    size = 3_000_001 if first == second == "f4" else 200_003
+    a = np.random.default_rng(1).choice(np.array(EDGES[first], first), size)
+    b = np.random.default_rng(2).choice(np.array(EDGES[second], second), size)
+    if special and first[0] == second[0] == "f":
+        a[size // 2 :: 1000], b[size // 2 :: 1500], b[5] = np.nan, np.nan, np.inf
+    (found,) = diff_of(tmp_path, {"w": a}, {"w": b}).different
+    with np.errstate(all="ignore"):
+        unequal = (a != b) & ~((a != a) & (b != b))
+        x, y = a[unequal].astype("f8"), b[unequal].astype("f8")
+        distance = np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf)
+        relative = distance / np.maximum(np.abs(x), np.abs(y))
+    relative[~np.isfinite(relative)] = np.inf
+    assert found.values == unequal.sum() and found.first == (int(unequal.argmax()),)
+    assert found.max_abs == distance.max()
+    assert found.max_rel == pytest.approx(relative.max(), rel=1e-6)
+
+
 def test_memory_is_bounded(tmp_path):
     import tracemalloc
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from .tensorfile import TensorFile, TensorHandle
+from .stats import PARALLEL, THREADS, Scratch, as_float
+from .tensorfile import TensorFile, TensorHandle, same_bytes
 
 __all__ = ["Difference", "FileDiff", "file_diff"]
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
 
 
 class Difference(NamedTuple):
@@ -128,43 +130,83 @@ def _tensor_diff(
             return Difference(
                 name, (first.shape, second.shape), (first.kind, second.kind), 0, 0.0, 0.0, None
             )
-    values, max_abs, max_rel, place = 0, 0.0, 0.0, None
+    found = _Found()
     if first.shape == second.shape:
-        position = 0
-        for left, right in _pairs(first, second):
-            if not (same_type and _same_bytes(left, right)):
-                count, most, relative, at = _compare(left, right)
-                if count and place is None:
-                    place = position + at
-                values += count
-                max_abs, max_rel = max(max_abs, most), max(max_rel, relative)
-            position += left.size
+        for part, size in _parts(first, second, same_type):
+            found = found.merge(part)
             if progress is not None:
-                progress(left.nbytes)
-        if same_type and not values:
+                progress(size)
+        if same_type and not found.values:
             return None
     index = None
-    if place is not None and not first.refused:
-        index = tuple(map(int, np.unravel_index(place, first.shape)))
+    if found.values and not first.refused:
+        index = tuple(map(int, np.unravel_index(found.place, first.shape)))
     return Difference(
         name,
         (first.shape, second.shape),
         (first.kind, second.kind) if first.refused else (first.dtype.name, second.dtype.name),
-        values,
-        max_abs,
-        max_rel,
+        found.values,
+        found.max_abs,
+        found.max_rel,
         index,
     )
 
 
-def _pairs(first: TensorHandle, second: TensorHandle) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pieces of both with equally many elements."""
-    if first.splittable and second.splittable:
-        count = _CHUNK // max(first.dtype.itemsize, second.dtype.itemsize)
-        left = first.chunks(count * first.dtype.itemsize)
-        right = second.chunks(count * second.dtype.itemsize)
-        yield from zip(left, right, strict=True)
+class _Found(NamedTuple):
+    """Differences of a part: how many, the largest ones, and where the first is."""
+
+    values: int = 0
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    place: int = 0
+
+    def merge(self, later: _Found) -> _Found:
+        place = self.place if self.values else later.place
+        return _Found(
+            self.values + later.values,
+            max(self.max_abs, later.max_abs),
+            max(self.max_rel, later.max_rel),
+            place,
+        )
+
+
+def _parts(
+    first: TensorHandle, second: TensorHandle, same_type: bool
+) -> Iterator[tuple[_Found, int]]:
+    """Compare piece by piece; large tensors in two threads, since numpy lets go of the lock."""
+    sizes = first.dtype.itemsize, second.dtype.itemsize
+    if not (first.splittable and second.splittable):
+        position, scratch = 0, Scratch()
+        for left, right in _rows(first, second):
+            yield _compare(left, right, same_type, position, scratch), left.nbytes
+            position += left.size
         return
+    count = first.nbytes // sizes[0]
+    threads = THREADS if max(first.nbytes, second.nbytes) >= PARALLEL else 1
+    share = -(-count // threads)
+
+    def run(begin: int) -> tuple[_Found, int]:
+        end, step = min(begin + share, count), _CHUNK // max(sizes)
+        found, scratch, position = _Found(), Scratch(), begin
+        left, right = (
+            handle.chunks(step * size, begin * size, end * size)
+            for handle, size in zip((first, second), sizes, strict=True)
+        )
+        for a, b in zip(left, right, strict=True):
+            found = found.merge(_compare(a, b, same_type, position, scratch))
+            position += a.size
+        return found, (end - begin) * sizes[0]
+
+    starts = range(0, count, share) if count else ()
+    if threads == 1:
+        yield from map(run, starts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(run, starts)
+
+
+def _rows(first: TensorHandle, second: TensorHandle) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield pieces of both with equally many elements, along the first axis."""
     if not first.shape or not first.nbytes:
         yield first.read().reshape(-1), second.read().reshape(-1)
         return
@@ -175,29 +217,56 @@ def _pairs(first: TensorHandle, second: TensorHandle) -> Iterator[tuple[np.ndarr
         yield first.read(part).reshape(-1), second.read(part).reshape(-1)
 
 
-def _same_bytes(left: np.ndarray, right: np.ndarray) -> bool:
-    # memcmp: many times faster than comparing elements.
-    return _bytes(left).data == _bytes(right).data
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).view(np.uint8)
-
-
-def _compare(left: np.ndarray, right: np.ndarray) -> tuple[int, float, float, int]:
+def _compare(
+    left: np.ndarray, right: np.ndarray, same_type: bool, position: int, scratch: Scratch
+) -> _Found:
     """Count elements that differ; largest absolute and relative difference, and where first."""
+    if same_type and same_bytes(left, right):
+        return _Found()
+    a, b = as_float(left, scratch, 0), as_float(right, scratch, 2)
+    if a.dtype != b.dtype or a.dtype.kind != "f":
+        return _compare_any(left, right, position)
+    native = left.dtype.kind in "iu" and right.dtype.kind in "iu"
+    with np.errstate(all="ignore"):
+        distance = np.subtract(a, b, out=scratch.get(4, a.dtype, a.size))
+        np.abs(distance, out=distance)
+        at = int(distance.argmax())
+        if not np.isfinite(distance[at]):
+            return _compare_any(left, right, position)
+        unequal = scratch.get(4, np.bool_, a.size)
+        np.not_equal(*((left, right) if native else (a, b)), out=unequal)
+        values = int(np.count_nonzero(unequal))
+        if not values:
+            return _Found()
+        larger = np.abs(a, out=scratch.get(5, a.dtype, a.size))
+        other = np.abs(b, out=scratch.get(6, a.dtype, a.size))
+        np.maximum(larger, other, out=larger)
+        # Two zeros do not differ; any divisor will do.
+        np.maximum(larger, np.finfo(a.dtype).smallest_subnormal, out=larger)
+        np.divide(distance, larger, out=distance)
+        worst = int(distance.argmax())
+    # Found in the precision of the data, told in more.
+    places = np.array([at, worst])
+    most = _compare_any(left[places], right[places], 0)
+    return _Found(values, most.max_abs, most.max_rel, position + int(unequal.argmax()))
+
+
+def _compare_any(left: np.ndarray, right: np.ndarray, position: int) -> _Found:
+    """The same for all types and values, slower."""
     a, b = _exact(left), _exact(right)
     with np.errstate(all="ignore"):
         unequal = (a != b) & ~((a != a) & (b != b))
         places = np.flatnonzero(unequal)
         if not places.size:
-            return 0, 0.0, 0.0, 0
+            return _Found()
         a, b = _wide(a[places]), _wide(b[places])
         distance = np.abs(a - b)
         distance[~np.isfinite(distance)] = np.inf
         relative = distance / np.maximum(np.abs(a), np.abs(b))
         relative[~np.isfinite(relative)] = np.inf
-    return int(places.size), float(distance.max()), float(relative.max()), int(places[0])
+    return _Found(
+        int(places.size), float(distance.max()), float(relative.max()), position + int(places[0])
+    )
 
 
 def _exact(array: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from .._core.errors import LoadError
 from .._core.parameter import Box, canonical
 from .arrays import to_jax
 from .mounts import on_network
-from .tensorfile import TensorHandle
+from .tensorfile import TensorHandle, same_bytes
 
 __all__ = ["Item", "place_all", "same_data"]
 
@@ -95,19 +95,15 @@ def same_data(first: Any, second: Any) -> bool:
         return False
     if not (isinstance(first, TensorHandle) and isinstance(second, TensorHandle)):
         pair = [h.read() if isinstance(h, TensorHandle) else np.asarray(h) for h in (first, second)]
-        return _bytes(pair[0]) == _bytes(pair[1])
+        return same_bytes(pair[0], pair[1])
     if first.key == second.key:
         return True
     if first.refused or second.refused:
         return False
     if first.splittable and second.splittable:
         pieces = itertools.zip_longest(first.chunks(), second.chunks())
-        return all(_bytes(a) == _bytes(b) for a, b in pieces)
-    return _bytes(first.read()) == _bytes(second.read())
-
-
-def _bytes(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        return all(same_bytes(a, b) for a, b in pieces)
+    return same_bytes(first.read(), second.read())
 
 
 def _floats(dtype: np.dtype) -> bool:

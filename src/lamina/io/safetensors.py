@@ -317,7 +317,8 @@ def _tensors(source: FileBytes, header: dict[str, Any], start: int) -> dict[str,
 def _sizes(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > 64:
         return False
-    for number in value:  # three times as fast as all(...)
+    # A loop takes half the time of all(...), and a file may have a hundred thousand of these.
+    for number in value:  # noqa: SIM110
         if type(number) is not int or number < 0:
             return False
     return True

@@ -12,12 +12,13 @@ import numpy as np
 
 from .tensorfile import TensorHandle
 
-__all__ = ["Stats", "tensor_stats"]
+__all__ = ["PARALLEL", "THREADS", "Scratch", "Stats", "as_float", "tensor_stats"]
 
-# Elements at a time: what is made of them stays in the cache, and is not given back to the system.
-_CHUNK = 1 << 15
-_PARALLEL = 8 << 20
-_THREADS = 2
+# Elements at a time: small enough to stay in a cache, and large enough that the threads seldom hand
+# the interpreter to each other.
+_CHUNK = 1 << 18
+PARALLEL = 8 << 20
+THREADS = 2
 
 
 class Stats(NamedTuple):
@@ -129,20 +130,21 @@ def tensor_stats(handle: TensorHandle, progress: Callable[[int], Any] | None = N
 def _all_sums(handle: TensorHandle) -> Iterator[tuple[_Sums, int]]:
     """Go through the tensor; large ones in two threads, since numpy lets go of the lock."""
     limit = _CHUNK * handle.dtype.itemsize
-    if handle.nbytes < _PARALLEL or not handle.splittable:
+    if handle.nbytes < PARALLEL or not handle.splittable:
+        scratch = Scratch()
         for chunk in _flat_pieces(handle, limit):
-            yield _sums(chunk), chunk.nbytes
+            yield _sums(chunk, scratch), chunk.nbytes
         return
-    part = -(-handle.nbytes // (_THREADS * handle.dtype.itemsize)) * handle.dtype.itemsize
-    spans = [(i * part, min((i + 1) * part, handle.nbytes)) for i in range(_THREADS)]
+    part = -(-handle.nbytes // (THREADS * handle.dtype.itemsize)) * handle.dtype.itemsize
+    spans = [(i * part, min((i + 1) * part, handle.nbytes)) for i in range(THREADS)]
 
     def run(span: tuple[int, int]) -> tuple[_Sums, int]:
-        sums = _Sums()
+        sums, scratch = _Sums(), Scratch()
         for chunk in handle.chunks(limit, *span):
-            sums = sums.merge(_sums(chunk))
+            sums = sums.merge(_sums(chunk, scratch))
         return sums, span[1] - span[0]
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(run, spans)
 
 
@@ -152,14 +154,30 @@ def _flat_pieces(handle: TensorHandle, limit: int) -> Iterator[np.ndarray]:
             yield chunk[start : start + _CHUNK]
 
 
-def _sums(chunk: np.ndarray) -> _Sums:
+class Scratch:
+    """Memory for one thread's chunks: what is allocated anew costs more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, Any], np.ndarray] = {}
+
+    def get(self, place: int, dtype: Any, size: int) -> np.ndarray:
+        """Return uninitialised memory; another ``place`` or dtype is other memory."""
+        held = self._held.get((place, dtype))
+        if held is None or held.size < size:
+            held = self._held[place, dtype] = np.empty(size, dtype)
+        return held[:size]
+
+
+def _sums(chunk: np.ndarray, scratch: Scratch) -> _Sums:
     if chunk.dtype.kind == "b":
         return _count_true(chunk)
-    values = _as_float(chunk)
-    size, nan = values.size, 0
-    # Comparing is many times faster than count_nonzero on floats.
-    zeros = int(np.count_nonzero(values == 0))
-    low, high = float(values.min()), float(values.max())
+    size, nan = chunk.size, 0
+    values = as_float(chunk, scratch, 0)
+    # Integers are compared as they are, being shorter. Comparing floats and counting what is true
+    # is many times faster than counting the floats.
+    plain = chunk if chunk.dtype.kind in "iu" else values
+    zeros = int(np.count_nonzero(np.equal(plain, 0, out=scratch.get(0, np.bool_, size))))
+    low, high = float(plain.min()), float(plain.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         nan = int(np.count_nonzero(np.isnan(values)))
         values = values[np.isfinite(values)]
@@ -176,7 +194,7 @@ def _sums(chunk: np.ndarray) -> _Sums:
     # numpy's pairwise sums: as exact as needed, and BLAS would start threads of its own.
     n = values.size
     mean = values.dtype.type(np.add.reduce(values) / n)
-    centred = values - mean
+    centred = np.subtract(values, mean, out=scratch.get(2, values.dtype, n))
     np.multiply(centred, centred, out=centred)
     spread = float(np.add.reduce(centred))
     return _Sums(size, n, low, high, float(mean) * scale, spread * scale * scale, zeros, nan)
@@ -188,32 +206,45 @@ def _count_true(chunk: np.ndarray) -> _Sums:
     return _Sums(n, n, float(true == n), float(true > 0), mean, true * (1 - mean), zeros=n - true)
 
 
-def _as_float(chunk: np.ndarray) -> np.ndarray:
-    """Convert to float32 where that is exact, else to float64."""
-    dtype = chunk.dtype
+def as_float(chunk: np.ndarray, scratch: Scratch, place: int) -> np.ndarray:
+    """Convert to float32 where that is exact, else to float64; uses ``place`` and the next."""
+    dtype, size = chunk.dtype, chunk.size
     if dtype == np.float32 or dtype == np.float64:
         return chunk
     if dtype == ml_dtypes.bfloat16:
         # The upper half of a float32; a shift is many times faster than the conversion.
-        return np.left_shift(chunk.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
+        wide = scratch.get(place, np.uint32, size)
+        return np.left_shift(chunk.view(np.uint16), 16, out=wide, dtype=np.uint32).view(np.float32)
     if dtype == np.float16:
-        return _half_as_float(chunk)
+        return _half_as_float(chunk, scratch, place)
     if dtype.kind == "c":
         return np.abs(chunk.astype(np.complex128))
     if dtype.kind in "iu":
-        return chunk.astype(np.float32 if dtype.itemsize <= 2 else np.float64)
+        exact = np.float32 if dtype.itemsize <= 2 else np.float64
+        values = scratch.get(place, exact, size)
+        np.copyto(values, chunk, casting="same_kind")
+        return values
     if dtype.itemsize == 1:
         table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
-        return table[chunk.view(np.uint8)]
+        return table.take(
+            chunk.view(np.uint8), out=scratch.get(place, np.float32, size), mode="clip"
+        )
     return chunk.astype(np.float64)
 
 
-def _half_as_float(chunk: np.ndarray) -> np.ndarray:
+def _half_as_float(chunk: np.ndarray, scratch: Scratch, place: int) -> np.ndarray:
     """Move the bits of float16 to their places in float32; several times faster than astype."""
-    wide = chunk.view(np.uint16).astype(np.uint32)
-    values = ((wide & 0x7FFF) << 13).view(np.float32)
-    values *= np.float32(2.0**112)
+    bits = scratch.get(place, np.uint32, chunk.size)
+    sign = scratch.get(place + 1, np.uint32, chunk.size)
+    np.copyto(bits, chunk.view(np.uint16))
+    np.bitwise_and(bits, 0x8000, out=sign)
+    np.bitwise_xor(bits, sign, out=bits)
+    np.left_shift(bits, 13, out=bits)
+    values = bits.view(np.float32)
+    with np.errstate(all="ignore"):
+        np.multiply(values, np.float32(2.0**112), out=values)
     if values.max() >= 65536:
         return chunk.astype(np.float32)
-    values.view(np.uint32)[...] |= (wide & 0x8000) << 16
+    np.left_shift(sign, 16, out=sign)
+    np.bitwise_or(bits, sign, out=bits)
     return values

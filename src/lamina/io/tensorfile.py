@@ -24,7 +24,7 @@ from .._core.errors import FileError, did_you_mean
 from .checksum import crc32
 from .filebytes import FileBytes, LazyBytes
 
-__all__ = ["FileBytes", "LazyBytes", "TensorFile", "TensorHandle"]
+__all__ = ["FileBytes", "LazyBytes", "TensorFile", "TensorHandle", "same_bytes"]
 
 _CHUNK = 1 << 20
 _VERIFY_CHUNK = 4 << 20
@@ -359,3 +359,14 @@ class TensorFile(Mapping[str, TensorHandle]):
 
     def __repr__(self) -> str:
         return f"<{self.kind} file {self.path}: {len(self)} tensors, {self.nbytes} bytes>"
+
+
+def same_bytes(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays of one size hold the same bytes, in row-major order.
+
+    Many times faster than comparing elements, or than comparing ``memoryview``s.
+    """
+    rows = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second)]
+    whole = min(row.size for row in rows) // 8 * 8
+    words, rest = ([row[part] for row in rows] for part in (slice(whole), slice(whole, None)))
+    return np.array_equal(*(row.view(np.uint64) for row in words)) and np.array_equal(*rest)
