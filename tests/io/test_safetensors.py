@@ -89,17 +89,16 @@ def test_data_is_aligned_and_aliased(tmp_path):
         "odd": sample("f4", (1001,)),
         "even": sample("f4", (256, 64)),
         "e2": sample("u1", (1 << 16,)),
-        "few": sample("u1", (4096,)),
     }
     path = tmp_path / "x"
     write_safetensors(tensors, path)
     with open_safetensors(path) as file:
-        assert list(file) == ["odd", "even", "e2", "few"]
+        assert list(file) == ["odd", "even", "e2"]
         assert file["even"].offset % 64 == file["e2"].offset % 64 == 0
         assert file["odd"].offset % 4 == 0
     loaded = lamina.io.load(path)
     assert _mapped(path, loaded["even"]) and _mapped(path, loaded["e2"])
-    assert not _mapped(path, loaded["odd"]) and not _mapped(path, loaded["few"])
+    assert not _mapped(path, loaded["odd"])
     assert not _mapped(path, lamina.io.load(path, copy=True)["even"])
 
 

@@ -24,8 +24,7 @@ from .tensorfile import FileBytes, TensorHandle
 __all__ = ["garbage_collector_paused", "host_array", "is_array", "to_jax", "to_numpy"]
 
 _ALIGN = 64
-# Mapping smaller ones costs more page faults than reading them in one vector.
-_SMALL = 1 << 16
+_SMALL = 4096
 _ARENA = 32 << 20
 _NARROW = {
     np.dtype(np.int64): np.dtype(np.int32),

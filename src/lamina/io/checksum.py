@@ -7,12 +7,12 @@ import contextlib
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import TypeVar
 
 import numpy as np
 
-__all__ = ["crc32", "summing"]
+__all__ = ["crc32", "summing", "worth_threads"]
 
 Key = TypeVar("Key")
 
@@ -24,7 +24,7 @@ _FAR = 91639
 _NEAR = _FAR - 41678
 _BLOCKS = 8
 _WORTH = 4 * _FAR
-_SHARED = 1 << 20
+_LONG = 1 << 20
 
 
 def crc32(data: np.ndarray, value: int = 0) -> int:
@@ -56,12 +56,20 @@ def crc32(data: np.ndarray, value: int = 0) -> int:
     return zlib.crc32(last.data, 0xFFFFFFFF)
 
 
+def worth_threads(sizes: Iterable[int]) -> bool:
+    """Whether threads gain by sharing rows of so many bytes.
+
+    With short ones they spend their time on handing the interpreter to each other.
+    """
+    rows = list(sizes)
+    return sum(rows) > _LONG * len(rows)
+
+
 @contextlib.contextmanager
 def summing(views: Mapping[Key, np.ndarray], sums: MutableMapping[Key, int]) -> Iterator[None]:
     """Sum rows of bytes in a second thread while the block runs.
 
-    What is left at the end of the block both threads share, unless the rows are so short that they
-    would spend their time on handing the interpreter to each other.
+    What is left at the end of the block both threads share, where that is worth it.
 
     Args:
         views: what to sum.
@@ -83,7 +91,7 @@ def summing(views: Mapping[Key, np.ndarray], sums: MutableMapping[Key, int]) -> 
         thread = None
     try:
         yield
-        if thread is None or sum(view.nbytes for view in views.values()) > _SHARED * len(views):
+        if thread is None or worth_threads(view.nbytes for view in views.values()):
             work()
     except BaseException:
         waiting.clear()

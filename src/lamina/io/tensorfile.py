@@ -11,6 +11,7 @@ A format is a function ``open_x(path) -> TensorFile``.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Hashable, ItemsView, Iterable, Iterator, Mapping, ValuesView
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from .._core.errors import FileError, did_you_mean
-from .checksum import crc32
+from .checksum import crc32, worth_threads
 from .filebytes import FileBytes, LazyBytes
 
 __all__ = ["FileBytes", "LazyBytes", "TensorFile", "TensorHandle", "same_bytes"]
@@ -329,12 +330,15 @@ class TensorFile(Mapping[str, TensorHandle]):
                 value = crc32(chunk.view(np.uint8), value)
             return value
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            for name, value in zip(checksums, pool.map(found, checksums), strict=True):
+        sizes = {name: self[name].nbytes for name in checksums}
+        threaded = worth_threads(sizes.values())
+        with ThreadPoolExecutor(_THREADS) if threaded else contextlib.nullcontext() as pool:
+            values = pool.map(found, checksums) if pool else map(found, checksums)
+            for (name, size), value in zip(sizes.items(), values, strict=True):
                 if value != checksums[name]:
                     damaged.append(name)
                 if progress is not None:
-                    progress(self[name].nbytes)
+                    progress(size)
         if damaged:
             shown = ", ".join(repr(name) for name in damaged[:10])
             more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
