@@ -2,6 +2,7 @@
 
     python benchmarks/io.py            # 1 GiB in 256 tensors, 200 MB in 4,000, a tied model
     python benchmarks/io.py --quick    # a tenth of it
+    python benchmarks/io.py --only tied
 
 Every round runs all contestants one after another, in an order drawn anew, beside the plain read
 or write; the table has the median over the rounds of (contestant / plain) of the same round. Files
@@ -274,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the data, fewer rounds")
     parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--only", default="", help="only models whose title has this word: tied")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -283,6 +285,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     count = options.rounds or (5 if options.quick else 9)
     for title, tensors in cases(0.1 if options.quick else 1.0).items():
+        if options.only not in title:
+            continue
         folder = tempfile.mkdtemp(prefix="lamina-io-")
         try:
             prepare(folder, tensors)
