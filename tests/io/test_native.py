@@ -17,6 +17,7 @@ import pytest
 
 import lamina.io
 from lamina._core.errors import FileError, TypeMismatchError
+from lamina.io.convert import convert
 from lamina.io.tree import flatten
 
 
@@ -402,3 +403,30 @@ def test_flatten_describes_only_what_is_needed():
     assert flatten({"a": np.ones(1), "b.c": np.ones(1)}, keep).description == ""
     assert flatten({}, keep).description == ""
     assert flatten([np.ones(1)], keep).description != ""
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"max_shard_size": 300_000}, {"format": "npz"}, {"format": "torch"}]
+)
+def test_progress_of_a_save_and_a_check(tmp_path, how):
+    tensors = {"a": np.ones(100_000, "f4"), "b": np.ones((500, 300)).T, "c": np.ones(3, "f4")}
+    size = sum(array.nbytes for array in tensors.values())
+    told = []
+    lamina.io.save(tensors, tmp_path / "x", progress=told.append, **how)
+    assert len(told) > 1 and size <= sum(told) < size + 5000  # a zip file's own words count as well
+    told.clear()
+    with lamina.io.open(tmp_path / ("x.index.json" if "max_shard_size" in how else "x")) as file:
+        count = file.verify(told.append)
+    assert count >= 3 and size <= sum(told) < size + 5000
+
+
+def test_progress_of_a_conversion(tmp_path):
+    tensors = {"a": np.ones(100_000, "f4"), "b": np.ones((500, 300)).T, "n": np.arange(9)}
+    lamina.io.save(tensors, tmp_path / "x")
+    told = []
+    with lamina.io.open(tmp_path / "x") as file:
+        convert(file, tmp_path / "y", dtype="bfloat16", progress=lambda *pair: told.append(pair))
+    done, totals = zip(*told, strict=True)
+    cast = 400_000 + 1_200_000
+    assert set(totals) == {cast + 200_000 + 300_000 + 72}  # read and cast, then written
+    assert list(done) == sorted(done) and done[-1] == totals[-1]
