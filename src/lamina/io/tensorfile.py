@@ -370,7 +370,7 @@ def same_bytes(first: np.ndarray, second: np.ndarray) -> bool:
 
     Many times faster than comparing elements, or than comparing ``memoryview``s.
     """
-    rows = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second)]
-    whole = min(row.size for row in rows) // 8 * 8
-    words, rest = ([row[part] for row in rows] for part in (slice(whole), slice(whole, None)))
-    return np.array_equal(*(row.view(np.uint64) for row in words)) and np.array_equal(*rest)
+    a, b = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second))
+    whole = min(a.size, b.size) // 8 * 8
+    words = np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64))
+    return words and np.array_equal(a[whole:], b[whole:])
