@@ -70,7 +70,9 @@ def test_offset_does_not_drown_the_deviation(tmp_path):
     assert stats_of(tmp_path, values).std == pytest.approx(values.astype("f8").std(), rel=1e-3)
 
 
-def test_large_tensors_in_threads(tmp_path):
+@pytest.mark.parametrize("share", [1 << 20, 64 << 20])
+def test_large_tensors_in_threads(tmp_path, monkeypatch, share):
+    monkeypatch.setattr("lamina.io.stats._SHARE", share)
     values = RANDOM.standard_normal(3_000_001, dtype="f4")
     seen = []
     lamina.io.save(
@@ -78,8 +80,15 @@ def test_large_tensors_in_threads(tmp_path):
     )
     with lamina.io.open(tmp_path / "x") as file:
         check(tensor_stats(file["w"], seen.append), values)
-        assert sum(seen) == values.nbytes
+        assert sum(seen) == values.nbytes and len(seen) == max(2, -(-values.nbytes // share))
         check(tensor_stats(file["t"]), values[:3_000_000])
+        other = values.copy()
+        other[[2_500_000, 7]] += 1
+        seen.clear()
+        lamina.io.save({"w": other}, tmp_path / "y")
+        with lamina.io.open(tmp_path / "y") as second:
+            (found,) = file_diff(file, second, seen.append).different
+        assert (found.values, found.first) == (2, (7,)) and sum(seen) == values.nbytes
 
 
 @hypothesis.settings(max_examples=50, deadline=None)

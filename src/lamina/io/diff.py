@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .stats import PARALLEL, THREADS, Scratch, as_float
+from .stats import PARALLEL, THREADS, Scratch, as_float, share
 from .tensorfile import TensorFile, TensorHandle, same_bytes
 
 __all__ = ["Difference", "FileDiff", "file_diff"]
@@ -183,21 +183,21 @@ def _parts(
         return
     count = first.nbytes // sizes[0]
     threads = THREADS if max(first.nbytes, second.nbytes) >= PARALLEL else 1
-    share = -(-count // threads)
+    size = count if threads == 1 else share(count, max(sizes))
 
     def run(begin: int) -> tuple[_Found, int]:
-        end, step = min(begin + share, count), _CHUNK // max(sizes)
+        end, step = min(begin + size, count), _CHUNK // max(sizes)
         found, scratch, position = _Found(), Scratch(), begin
         left, right = (
-            handle.chunks(step * size, begin * size, end * size)
-            for handle, size in zip((first, second), sizes, strict=True)
+            handle.chunks(step * width, begin * width, end * width)
+            for handle, width in zip((first, second), sizes, strict=True)
         )
         for a, b in zip(left, right, strict=True):
             found = found.merge(_compare(a, b, same_type, position, scratch))
             position += a.size
         return found, (end - begin) * sizes[0]
 
-    starts = range(0, count, share) if count else ()
+    starts = range(0, count, size) if count else ()
     if threads == 1:
         yield from map(run, starts)
         return

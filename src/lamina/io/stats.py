@@ -12,12 +12,13 @@ import numpy as np
 
 from .tensorfile import TensorHandle
 
-__all__ = ["PARALLEL", "THREADS", "Scratch", "Stats", "as_float", "tensor_stats"]
+__all__ = ["PARALLEL", "THREADS", "Scratch", "Stats", "as_float", "share", "tensor_stats"]
 
 # Elements at a time: small enough to stay in a cache, and large enough that the threads seldom hand
 # the interpreter to each other.
 _CHUNK = 1 << 18
 PARALLEL = 8 << 20
+_SHARE = 64 << 20
 THREADS = 2
 
 
@@ -135,8 +136,9 @@ def _all_sums(handle: TensorHandle) -> Iterator[tuple[_Sums, int]]:
         for chunk in _flat_pieces(handle, limit):
             yield _sums(chunk, scratch), chunk.nbytes
         return
-    part = -(-handle.nbytes // (THREADS * handle.dtype.itemsize)) * handle.dtype.itemsize
-    spans = [(i * part, min((i + 1) * part, handle.nbytes)) for i in range(THREADS)]
+    part = share(handle.nbytes // handle.dtype.itemsize, handle.dtype.itemsize)
+    part *= handle.dtype.itemsize
+    spans = [(at, min(at + part, handle.nbytes)) for at in range(0, handle.nbytes, part)]
 
     def run(span: tuple[int, int]) -> tuple[_Sums, int]:
         sums, scratch = _Sums(), Scratch()
@@ -146,6 +148,11 @@ def _all_sums(handle: TensorHandle) -> Iterator[tuple[_Sums, int]]:
 
     with ThreadPoolExecutor(THREADS) as pool:
         yield from pool.map(run, spans)
+
+
+def share(count: int, itemsize: int) -> int:
+    """How many of ``count`` elements to give to a thread at a time; it then reports progress."""
+    return min(-(-count // THREADS), _SHARE // itemsize)
 
 
 def _flat_pieces(handle: TensorHandle, limit: int) -> Iterator[np.ndarray]:
