@@ -21,7 +21,7 @@ from .arrays import to_jax
 from .native import save, select
 from .rename import Renaming
 from .render import objects_beside
-from .tensorfile import FileBytes, TensorFile, TensorHandle
+from .tensorfile import FileBytes, TensorFile, TensorHandle, flat_bytes
 from .torch_values import printable
 
 __all__ = ["Conversion", "Count", "convert", "format_of"]
@@ -175,7 +175,7 @@ class _Spool:
         start = self._end = -(-self._end // _ALIGN) * _ALIGN
         for chunk in handle.chunks():
             piece = self._cast(chunk, wanted)
-            view = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+            view = flat_bytes(piece).data
             while view:
                 done = os.pwrite(self.fd, view, self._end)
                 self._end += done

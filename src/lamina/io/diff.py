@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-from .stats import PARALLEL, THREADS, Scratch, as_float, share
-from .tensorfile import TensorFile, TensorHandle, same_bytes
+from .stats import PARALLEL, Scratch, as_float, share
+from .tensorfile import THREADS, TensorFile, TensorHandle, same_bytes
 
 __all__ = ["Difference", "FileDiff", "file_diff"]
 
@@ -270,12 +269,8 @@ def _compare_any(left: np.ndarray, right: np.ndarray, position: int) -> _Found:
 
 
 def _exact(array: np.ndarray) -> np.ndarray:
-    """Types of fewer than 16 bits in float32, which holds them exactly."""
-    if array.dtype.kind in "biufc":
-        return array
-    if array.dtype == ml_dtypes.bfloat16:
-        return np.left_shift(array.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-    return array.astype(np.float32)
+    """Types that numpy has not, in float32, which holds them exactly."""
+    return array if array.dtype.kind in "biufc" else as_float(array, Scratch(), 0)
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

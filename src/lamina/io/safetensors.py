@@ -27,7 +27,7 @@ from .._core.errors import FileError
 from .atomic import replacing, write_at
 from .checksum import crc32, summing
 from .strict_json import parse_json
-from .tensorfile import FileBytes, TensorFile, TensorHandle
+from .tensorfile import FileBytes, TensorFile, TensorHandle, flat_bytes
 from .tree import DESCRIPTION, restore
 
 __all__ = ["CHECKSUMS", "dtype_name", "open_safetensors", "storable", "write_safetensors"]
@@ -216,7 +216,7 @@ def _write_data(
     progress: Callable[[int], Any] | None,
 ) -> None:
     """Write the tensors one after another, while a second thread sums them."""
-    views = {name: _bytes(tensors[name]) for name in order if tensors[name].flags.c_contiguous}
+    views = {name: flat_bytes(tensors[name]) for name in order if tensors[name].flags.c_contiguous}
     with summing(views if checksums else {}, checksums):
         batch: list[np.ndarray] = []
         offset = start
@@ -225,16 +225,12 @@ def _write_data(
             if view is None:
                 write_at(fd, offset, batch, progress)
                 offset += sum(piece.nbytes for piece in batch)
-                batch = [_bytes(np.ascontiguousarray(tensors[name]))]
+                batch = [flat_bytes(tensors[name])]
                 if checksums:
                     checksums[name] = crc32(batch[0])
             else:
                 batch.append(view)
         write_at(fd, offset, batch, progress)
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
 
 
 def _read_header(source: FileBytes) -> tuple[dict[str, Any], int]:

@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .tensorfile import TensorHandle
+from .tensorfile import THREADS, TensorHandle
 
-__all__ = ["PARALLEL", "THREADS", "Scratch", "Stats", "as_float", "share", "tensor_stats"]
+__all__ = ["PARALLEL", "Scratch", "Stats", "as_float", "share", "tensor_stats"]
 
 # Elements at a time: small enough to stay in a cache, and large enough that the threads seldom hand
 # the interpreter to each other.
 _CHUNK = 1 << 18
 PARALLEL = 8 << 20
 _SHARE = 64 << 20
-THREADS = 2
 
 
 class Stats(NamedTuple):

@@ -25,11 +25,19 @@ from .._core.errors import FileError, did_you_mean
 from .checksum import crc32, worth_threads
 from .filebytes import FileBytes, LazyBytes
 
-__all__ = ["FileBytes", "LazyBytes", "TensorFile", "TensorHandle", "same_bytes"]
+__all__ = [
+    "THREADS",
+    "FileBytes",
+    "LazyBytes",
+    "TensorFile",
+    "TensorHandle",
+    "flat_bytes",
+    "same_bytes",
+]
 
 _CHUNK = 1 << 20
 _VERIFY_CHUNK = 4 << 20
-_THREADS = 2
+THREADS = 2
 
 
 class TensorHandle:
@@ -332,7 +340,7 @@ class TensorFile(Mapping[str, TensorHandle]):
 
         sizes = {name: self[name].nbytes for name in checksums}
         threaded = worth_threads(sizes.values())
-        with ThreadPoolExecutor(_THREADS) if threaded else contextlib.nullcontext() as pool:
+        with ThreadPoolExecutor(THREADS) if threaded else contextlib.nullcontext() as pool:
             values = pool.map(found, checksums) if pool else map(found, checksums)
             for (name, size), value in zip(sizes.items(), values, strict=True):
                 if value != checksums[name]:
@@ -365,12 +373,17 @@ class TensorFile(Mapping[str, TensorHandle]):
         return f"<{self.kind} file {self.path}: {len(self)} tensors, {self.nbytes} bytes>"
 
 
+def flat_bytes(array: np.ndarray) -> np.ndarray:
+    """Return an array's bytes in row-major order as a row of ``uint8``, a view where possible."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 def same_bytes(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two arrays of one size hold the same bytes, in row-major order.
 
     Many times faster than comparing elements, or than comparing ``memoryview``s.
     """
-    a, b = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (first, second))
+    a, b = flat_bytes(first), flat_bytes(second)
     whole = min(a.size, b.size) // 8 * 8
     words = np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64))
     return words and np.array_equal(a[whole:], b[whole:])

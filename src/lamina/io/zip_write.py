@@ -11,6 +11,7 @@ import numpy as np
 
 from .atomic import replacing, write_at
 from .checksum import crc32, summing
+from .tensorfile import flat_bytes
 
 __all__ = ["write_zip"]
 
@@ -85,7 +86,7 @@ def _write_contents(
 ) -> list[int]:
     """Write every record, while a second thread sums those that need no copy."""
     sums = dict.fromkeys(range(len(places)), 0)
-    views = {i: _bytes(array) for i, array in enumerate(contents) if array.flags.c_contiguous}
+    views = {i: flat_bytes(array) for i, array in enumerate(contents) if array.flags.c_contiguous}
     with summing(views, sums):
         # Headers lie between the contents; those that stand here get their checksums below.
         batch: list[np.ndarray] = []
@@ -97,7 +98,7 @@ def _write_contents(
             at = place.data + (0 if view is None else place.size)
             if view is None:
                 write_at(fd, start, batch, progress)
-                copy = _bytes(np.ascontiguousarray(contents[i]))
+                copy = flat_bytes(contents[i])
                 sums[i] = crc32(copy)
                 write_at(fd, at, [copy], progress)
                 start, batch = at + place.size, []
@@ -105,10 +106,6 @@ def _write_contents(
     for i, place in enumerate(places):
         os.pwrite(fd, struct.pack("<L", sums[i]), place.header + 14)
     return list(sums.values())
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
 
 
 def _local(place: _Place, crc: int) -> bytes:
