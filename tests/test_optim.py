@@ -317,9 +317,9 @@ def test_injected_hyperparameters():
     net = mlp()
     opt = lamina.Optimizer(net, optax.inject_hyperparams(optax.sgd)(learning_rate=0.1))
     grads = lamina.grad(loss_of)(net)
-    state = opt.state
-    state.hyperparams["learning_rate"] = jnp.asarray(0.0)
-    opt.state = state
+    with pytest.raises(TypeError, match=r"snapshot[\s\S]*fix: opt\.hyperparams"):
+        opt.state.hyperparams["learning_rate"] = jnp.asarray(0.0)
+    opt.hyperparams["learning_rate"] = 0.0
     before = np.array(net[0].weight.data)
     opt.step(grads)
     np.testing.assert_array_equal(net[0].weight.data, before)

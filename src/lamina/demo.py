@@ -110,7 +110,7 @@ def digits() -> Digits:
     except ImportError:
         raise LaminaError(
             "lamina demo takes its digits from scikit-learn, which is not installed\n"
-            '    mend:  pip install "lamina[demo]"'
+            '    fix: pip install "lamina[demo]"'
         ) from None
     data: Any = load_digits()
     images = (data.images[:, None] / 16).astype(np.float32)

@@ -11,6 +11,7 @@ from ._core.errors import (
     ShapeError,
     StaticWriteError,
     TypeMismatchError,
+    UnprovenError,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "ShapeError",
     "StaticWriteError",
     "TypeMismatchError",
+    "UnprovenError",
 ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
+import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -12,43 +16,49 @@ import numpy as np
 import optax
 
 from ._core import bind
-from ._core.bind import STATE, VERSION
+from ._core.bind import STATE, Cell
+from ._core.box import Parameter, array, is_trainable
 from ._core.errors import DeferredError, LoadError, did_you_mean, format_shape
 from ._core.module import Module
-from ._core.parameter import Buffer, Parameter, array
-from ._core.walk import fingerprint, walk
+from ._core.walk import revision_of, walk
 
 __all__ = ["Optimizer"]
 
 
-class _StateBox(Buffer):
+class _StateCell(Cell):
     """One array of an optimizer's state; its first value comes from the transformation."""
 
-    __slots__ = ("optimizer",)
+    __slots__ = ("dtype", "name", "optimizer", "shape")
+    is_fixed = True
 
-    def __init__(self, optimizer: weakref.ref[Optimizer], shape: Any, dtype: Any) -> None:
-        super().__init__(shape=shape, dtype=dtype)
+    def __init__(self, optimizer: Any, name: str, shape: Any, dtype: Any) -> None:
+        super().__init__()
         bind.outlive(self)
-        self.optimizer = optimizer
+        self.optimizer, self.name = optimizer, name
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
 
-    def _make_value(self) -> None:
-        optimizer = self.optimizer()
-        assert optimizer is not None
-        optimizer._fill()
+    def describe(self) -> str:
+        return f"optimizer state {self.name!r}"
 
-    def _describe(self) -> str:
-        return "optimizer state"
+    def form(self) -> Any:
+        return self
+
+    def stand_in(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    def first_value(self) -> Any:
+        self.optimizer().make_first_values()
+        return bind.settled_value(self)
 
 
 class Optimizer:
     """Updates the trainable parameters of a model with an optax transformation.
 
-    May be made before shapes are known. Tied parameters have one state, frozen ones none;
-    parameters that are added, frozen or unfrozen later are followed, and the others keep their
-    state.
+    May be made before shapes are known. Tied parameters have one state. Parameters that are added,
+    frozen or unfrozen later are followed: a frozen one keeps its state until it is trained again.
 
     Args:
-        net: the model.
+        net: the model, or a list of models, whose parameters are then called ``0.weight`` ...
         tx: an optax transformation, such as ``optax.adamw(1e-3)``.
 
     Example:
@@ -66,88 +76,119 @@ class Optimizer:
     Source: optax, https://optax.readthedocs.io
     """
 
-    def __init__(self, net: Module, tx: optax.GradientTransformation) -> None:
-        if not isinstance(net, Module):
+    def __init__(self, net: Any, tx: optax.GradientTransformation) -> None:
+        nets = list(net) if isinstance(net, (list, tuple)) else [net]
+        if not nets or not all(isinstance(part, Module) for part in nets):
+            kinds = ", ".join(type(part).__name__ for part in nets)
             raise TypeError(
-                f"Optimizer: expected a module, got {type(net).__name__}; write "
-                f"lamina.Optimizer(net, optax.adam(1e-3)) and freeze what is not to be trained: "
-                f"net.encoder.requires_grad_(False)"
+                f"Optimizer: expected a module, got {kinds or 'nothing'} (a list of modules will do)\n"
+                f"    fix: lamina.Optimizer(net, optax.adam(1e-3)); freeze what is not to be "
+                f"trained: net.encoder.requires_grad_(False)"
             )
         if not hasattr(tx, "update"):
             raise TypeError(
-                f"Optimizer: expected an optax transformation, got {type(tx).__name__}; "
-                f"for instance optax.adam(1e-3)"
+                f"Optimizer: expected an optax transformation, got {type(tx).__name__}\n"
+                f"    fix: for instance optax.adam(1e-3)"
             )
         self.net = net
-        self.tx = optax.with_extra_args_support(tx)
-        self._reference: Any = weakref.ref(self)
-        self._boxes: dict[str, _StateBox] = {}
-        self._treedef: Any = None
+        self._prefixes = [f"{i}." for i in range(len(nets))] if nets != [net] else [""]
+        self._tx = optax.with_extra_args_support(tx)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._made: dict[str, _StateCell] = {}
+        """Every cell that was ever needed; those of frozen parameters wait here."""
+        self._cells: dict[str, _StateCell] = {}
         self._names: dict[str, Parameter] = {}
-        self._version = -1
-        self._update = jax.jit(self._pure_update)
+        self._treedef: Any = None
+        self._specs: Any = None
+        self._revisions: Any = None
+
+    @property
+    def tx(self) -> optax.GradientTransformationExtraArgs:
+        """The optax transformation. A new one needs a new optimizer."""
+        return self._tx
+
+    @tx.setter
+    def tx(self, tx: Any) -> None:
+        raise AttributeError(
+            "an optimizer's transformation can't be replaced: its state belongs to it\n"
+            "    fix: opt = lamina.Optimizer(net, tx); for a new learning rate "
+            "optax.inject_hyperparams and opt.hyperparams['learning_rate'] = ..."
+        )
 
     # The parameters and their state.
 
+    @property
+    def _nets(self) -> list[tuple[str, Module]]:
+        nets = self.net if isinstance(self.net, (list, tuple)) else [self.net]
+        return list(zip(self._prefixes, nets, strict=True))
+
+    def _all_names(self) -> dict[Any, str]:
+        names: dict[Any, str] = {}
+        for prefix, net in self._nets:
+            for box, name in walk(net).names.items():
+                names.setdefault(box, prefix + name)
+        return names
+
     def _trainable(self) -> dict[str, Parameter]:
-        return {
-            name: box
-            for box, name in walk(self.net).names.items()
-            if isinstance(box, Parameter) and box.requires_grad and _is_float(box)
-        }
+        return {name: box for box, name in self._all_names().items() if is_trainable(box)}
 
     def _sync(self) -> dict[str, Parameter]:
-        """Follow the model: make state for new parameters, drop that of frozen ones."""
-        if self._version == VERSION.static and self._treedef is not None:
+        """Follow the model: make state for new parameters, set that of frozen ones aside."""
+        revisions = [revision_of(net) for _, net in self._nets]
+        if revisions == self._revisions:
             return self._names
         names = self._trainable()
         unknown = [name for name, box in names.items() if box.is_unshaped]
         if unknown:
             raise DeferredError(
                 f"the optimizer's state can't be made yet, sizes are unknown: {', '.join(unknown)}"
-                f"\n    mend:  pass data through the model once, net(x), or call lamina.infer"
+                f"\n    fix: pass data through the model once, net(x), or call lamina.infer"
             )
-        if self._treedef is None or {n: _spec(b) for n, b in names.items()} != self._specs:
-            self._specs = {name: _spec(box) for name, box in names.items()}
-            shapes = jax.eval_shape(self.tx.init, self._specs)
+        specs = {n: jax.ShapeDtypeStruct(box.shape, box.dtype) for n, box in names.items()}
+        if specs != self._specs:
+            shapes = jax.eval_shape(self._tx.init, specs)
             leaves, self._treedef = jax.tree_util.tree_flatten_with_path(shapes)
-            old, self._boxes = self._boxes, {}
+            me, self._cells = weakref.ref(self), {}
             for path, leaf in leaves:
                 name = _join(path)
-                box = old.get(name)
-                if box is None or box.shape != leaf.shape:
-                    box = _StateBox(self._reference, leaf.shape, leaf.dtype)
-                box._cast(leaf.dtype)
-                self._boxes[name] = box
+                cell = self._made.get(name)
+                if cell is None or cell.shape != leaf.shape:
+                    cell = self._made[name] = _StateCell(me, name, leaf.shape, leaf.dtype)
+                elif cell.dtype != leaf.dtype:
+                    cell.dtype = np.dtype(leaf.dtype)
+                    if not cell.is_empty:
+                        bind.write(cell, bind.read(cell).astype(leaf.dtype))
+                self._cells[name] = cell
             self._owners = [_owner(path, names) for path, _ in leaves]
-            VERSION.static += 1
-        self._names = names
-        self._version = VERSION.static
+            self._specs = specs
+        self._names, self._revisions = names, revisions
         return names
 
-    def _fill(self) -> None:
+    def make_first_values(self) -> None:
         """Give state that has no value yet its first one."""
-        with jax.ensure_compile_time_eval():
-            params = {}
-            for name, box in self._names.items():
-                box._read()
-                params[name] = bind.settled_value(box)
-            leaves = jax.tree.leaves(self.tx.init(params))
-        for box, value in zip(self._boxes.values(), leaves, strict=True):
+        params = {}
+        for name, box in self._sync().items():
             if bind.settled_value(box) is None:
-                value = jnp.asarray(value, box.dtype)
-                bind.settle(box, value)
-                box._exposed = value  # some transformations put one array into several places
-        VERSION.exposed += 1
+                bind.fill(box)
+            params[name] = bind.settled_value(box)
+        with jax.ensure_compile_time_eval():
+            values = jax.tree.leaves(self._tx.init(params))
+            for cell, value in zip(self._cells.values(), values, strict=True):
+                if bind.settled_value(cell) is None:
+                    # A copy: some transformations put one array into several places.
+                    bind.settle(cell, jnp.array(value, cell.dtype))
 
     # Stepping.
 
-    def step(self, grads: Mapping[str, Any] | None = None, **extra: Any) -> None:
+    def step(self, grads: Any = None, **extra: Any) -> None:
         """Update the parameters.
 
         Args:
-            grads: ``{name: gradient}`` as :func:`lamina.value_and_grad` returns it. Left out, the
-                ``.grad`` of each parameter is used, and parameters without one are skipped.
+            grads: ``{name: gradient}`` as :func:`lamina.value_and_grad` returns it, for a list of
+                models a list of such. Left out, the ``.grad`` of each parameter is used, and
+                parameters without one are skipped.
             **extra: passed on to the transformation (for instance ``value=loss``).
 
         Raises:
@@ -160,44 +201,34 @@ class Optimizer:
             if not grads:
                 raise DeferredError(
                     "opt.step(): no parameter has a gradient\n"
-                    "    mend:  loss = lamina.backward(lambda: loss_fn(net(x), y)); opt.step()\n"
-                    "    or:    loss, grads = lamina.value_and_grad(f)(net); opt.step(grads)"
+                    "    right:  loss = lamina.backward(lambda: loss_fn(net(x), y)); opt.step()\n"
+                    "    fix: call lamina.backward before, or pass the gradients: opt.step(grads)"
                 )
+        elif isinstance(grads, Sequence):
+            parts = zip(self._prefixes, grads, strict=True)
+            grads = {prefix + name: g for prefix, part in parts for name, g in part.items()}
         self._check(names, grads)
-        params = [box._read() for box in names.values()]
-        state = [box._read() for box in self._boxes.values()]
-        given = [array(grads[name]) if name in grads else None for name in names]
-        if STATE.frames:
-            new_params, new_state = self._pure_update(params, state, given, extra)
-        else:
-            new_params, new_state = self._update(params, state, given, extra)
-        skipped = {name for name in names if name not in grads}
-        for (name, box), value in zip(names.items(), new_params, strict=True):
-            if name not in skipped:
-                box._write(value)
-        for box, owner, value in zip(self._boxes.values(), self._owners, new_state, strict=True):
-            if owner not in skipped:
-                box._write(value)
-
-    def _pure_update(self, params: Any, state: Any, grads: Any, extra: Any) -> Any:
-        names = list(self._names)
-        tree = dict(zip(names, params, strict=True))
-        given = {
-            name: jnp.zeros_like(tree[name]) if grad is None else grad.astype(tree[name].dtype)
-            for name, grad in zip(names, grads, strict=True)
-        }
-        updates, new_state = self.tx.update(
-            given, jax.tree.unflatten(self._treedef, state), tree, **extra
-        )
-        new: Any = optax.apply_updates(tree, updates)
-        return [new[name] for name in names], jax.tree.leaves(new_state)
+        params = {name: box.data for name, box in names.items()}
+        state = jax.tree.unflatten(self._treedef, list(map(bind.read, self._cells.values())))
+        given = {name: array(grads[name]) for name in names if name in grads}
+        update = functools.partial(_update, self._tx)
+        if not STATE.frames:
+            update = _compiled(self._tx)
+        new_params, new_state = update(params, state, given, extra)
+        for name, box in names.items():
+            if name in given:
+                box.data = new_params[name]
+        cells = zip(self._cells.values(), self._owners, jax.tree.leaves(new_state), strict=True)
+        for cell, owner, value in cells:
+            if owner is None or owner in given:
+                bind.write(cell, jnp.asarray(value, cell.dtype))
 
     def _check(self, names: Mapping[str, Parameter], grads: Mapping[str, Any]) -> None:
         problems = []
-        frozen = {name for name, box, _ in walk(self.net).entries if name not in names}
+        others = {p + n for p, net in self._nets for n, _ in walk(net).entries} - names.keys()
         for name, grad in grads.items():
             if name not in names:
-                why = "is frozen or tied" if name in frozen else "is no parameter of the model"
+                why = "is frozen or tied" if name in others else "is no parameter of the model"
                 problems.append(f"  {name}: {why}.{did_you_mean(name, names)}")
             elif tuple(np.shape(grad)) != names[name].shape:
                 problems.append(
@@ -205,11 +236,16 @@ class Optimizer:
                     f"{format_shape(np.shape(grad))}"
                 )
         if problems:
-            raise LoadError("opt.step(grads): these gradients do not fit:\n" + "\n".join(problems))
+            raise LoadError(
+                "opt.step(grads): these gradients do not fit:\n"
+                + "\n".join(problems)
+                + "\n    fix: pass what lamina.value_and_grad returns for this model"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all parameters, or set them to zero."""
-        self.net.zero_grad(set_to_none)
+        for _, net in self._nets:
+            net.zero_grad(set_to_none)
 
     # The state as data.
 
@@ -217,21 +253,45 @@ class Optimizer:
     def state(self) -> Any:
         """The optax state, a pytree of arrays; can be set to one of the same structure."""
         self._sync()
-        return jax.tree.unflatten(self._treedef, [box.data for box in self._boxes.values()])
+        values = [bind.read(cell) for cell in self._cells.values()]
+        return _read_only(jax.tree.unflatten(self._treedef, values))
 
     @state.setter
     def state(self, state: Any) -> None:
         self._sync()
-        leaves, treedef = jax.tree.flatten(state)
-        if treedef != self._treedef:
-            raise LoadError("opt.state: the new state has another structure than the old one")
-        for box, value in zip(self._boxes.values(), leaves, strict=True):
-            box._write(value)
+        leaves = jax.tree_util.tree_flatten_with_path(_writable(state))[0]
+        if [_join(path) for path, _ in leaves] != list(self._cells):
+            raise LoadError(
+                "opt.state: the new state has another structure than the old one\n"
+                "    fix: set it to what opt.state was, or to jax.tree.map(f, opt.state)"
+            )
+        for cell, (_, value) in zip(self._cells.values(), leaves, strict=True):
+            bind.write(cell, jnp.asarray(value, cell.dtype))
+
+    @property
+    def hyperparams(self) -> MutableMapping[str, Any]:
+        """The numbers that ``optax.inject_hyperparams`` made part of the state, by name.
+
+        Example:
+            >>> import lamina, optax
+            >>> from lamina import nn
+            >>> opt = lamina.Optimizer(nn.Linear(2, 1), optax.inject_hyperparams(optax.sgd)(0.1))
+            >>> opt.hyperparams["learning_rate"] = 0.01
+            >>> round(float(opt.hyperparams["learning_rate"]), 3)
+            0.01
+        """
+        self._sync()
+        cells = {}
+        for name, cell in self._cells.items():
+            head, _, last = name.rpartition(".")
+            if head.rpartition(".")[2] == "hyperparams":
+                cells[last if last not in cells else name] = cell
+        return _Hyperparams(cells)
 
     def state_dict(self) -> dict[str, jax.Array]:
         """Return the state as ``{name: array}``, a snapshot ready for :func:`lamina.save`."""
         self._sync()
-        return {name: box.data for name, box in self._boxes.items()}
+        return {name: bind.read(cell) for name, cell in self._cells.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take the state from a dict that :meth:`state_dict` returned: all of it or nothing.
@@ -242,52 +302,171 @@ class Optimizer:
         self._sync()
         problems = [
             f"  missing: {name}{did_you_mean(name, state_dict)}"
-            for name in self._boxes
+            for name in self._cells
             if name not in state_dict
         ]
         values = {}
         for name, value in state_dict.items():
-            box = self._boxes.get(name)
-            if box is None:
-                problems.append(f"  unexpected: {name}{did_you_mean(name, self._boxes)}")
+            cell = self._cells.get(name)
+            if cell is None:
+                problems.append(f"  unexpected: {name}{did_you_mean(name, self._cells)}")
                 continue
             value = jnp.asarray(value)
-            if value.shape != box.shape or value.dtype != box.dtype:
+            if value.shape != cell.shape or value.dtype != cell.dtype:
                 problems.append(
-                    f"  {name}: expected {box.dtype}{list(box.shape)}, got "
+                    f"  {name}: expected {cell.dtype}{list(cell.shape)}, got "
                     f"{value.dtype}{list(value.shape)}"
                 )
             values[name] = value
         if problems:
             raise LoadError(
-                "the optimizer's state does not fit; nothing was loaded:\n" + "\n".join(problems)
+                "the optimizer's state does not fit; nothing was loaded:\n"
+                + "\n".join(problems)
+                + "\n    fix: build the model and optax transformation that the state was saved with"
             )
         for name, value in values.items():
-            box = self._boxes[name]
-            box._write(jax.device_put(value, box.sharding) if box.is_material else value)
+            cell = self._cells[name]
+            if not cell.is_empty:
+                value = jax.device_put(value, bind.read(cell).sharding)
+            bind.write(cell, value)
 
     def __lamina_tensors__(self) -> Any:
         return self.state_dict(), {}, {}
 
-    # What compiled functions need.
+    def __lamina_reach__(self) -> tuple[Any, list[Cell], list[Any]]:
+        """Tell compiled functions what they may touch: facts, cells, and further parts."""
+        if not any(box.is_unshaped for box in self._trainable().values()):
+            self._sync()
+        facts = tuple(self._names), tuple(self._cells), self._treedef, tuple(self._prefixes)
+        return facts, list(self._cells.values()), [net for _, net in self._nets] + [self._tx]
 
-    def _state_boxes(self) -> list[Any]:
-        return [*walk(self.net).boxes, *self._boxes.values()]
-
-    def _state_fingerprint(self) -> Any:
-        mark, mutable = fingerprint(self.net)
-        return (mark, type(self), self.tx, tuple(self._boxes), self._treedef), mutable
+    def __getattr__(self, name: str) -> Any:
+        if name == "param_groups":
+            raise AttributeError(
+                "an Optimizer has no param_groups\n"
+                "    fix: optax.multi_transform for different rates, "
+                "optax.inject_hyperparams and opt.hyperparams['learning_rate'] for changing ones"
+            )
+        raise AttributeError(f"'Optimizer' object has no attribute {name!r}")
 
     def __repr__(self) -> str:
-        return f"Optimizer({type(self.net).__name__}, {len(self._trainable())} parameters)"
+        kind = ", ".join(type(net).__name__ for _, net in self._nets)
+        return f"Optimizer({kind}, {len(self._trainable())} parameters)"
+
+    # Copying: the model is copied with it, by one deepcopy of both to the same copy.
+
+    def __getstate__(self) -> dict[str, Any]:
+        values = {n: np.asarray(bind.read(c)) for n, c in self._made.items() if not c.is_empty}
+        return {"net": self.net, "prefixes": self._prefixes, "values": values}
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self.__getstate__(), _described(self._tx))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = self.__getstate__()
+        state["net"] = copy.deepcopy(self.net, memo)
+        twin._restore(state, self._tx)
+        return twin
+
+    def _restore(self, state: dict[str, Any], tx: Any) -> None:
+        self.net, self._prefixes, self._tx = state["net"], state["prefixes"], tx
+        self._begin()
+        me = weakref.ref(self)
+        for name, value in state["values"].items():
+            cell = self._made[name] = _StateCell(me, name, value.shape, value.dtype)
+            bind.settle(cell, jnp.asarray(value))
 
 
-def _is_float(box: Parameter) -> bool:
-    return jnp.issubdtype(box.dtype, jnp.inexact)
+class _Hyperparams(MutableMapping[str, Any]):
+    """Numbers in an optimizer's state, by name."""
+
+    def __init__(self, cells: dict[str, Any]) -> None:
+        self._cells = cells
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return bind.read(self._cell(name))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        cell = self._cell(name)
+        bind.write(cell, jnp.broadcast_to(jnp.asarray(value, cell.dtype), cell.shape))
+
+    def _cell(self, name: str) -> Any:
+        if name not in self._cells:
+            known = f"it has {', '.join(self._cells)}" if self._cells else "it has none"
+            raise KeyError(
+                f"no hyperparameter {name!r}: {known}; make one of it with "
+                f"optax.inject_hyperparams(optax.adam)(learning_rate=...)"
+            )
+        return self._cells[name]
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("hyperparameters can't be removed")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
-def _spec(box: Parameter) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(box.shape, box.dtype)
+class _ReadOnly(dict):
+    """A dict within ``opt.state``, which is a copy: changing it would do nothing."""
+
+    def __setitem__(self, name: Any, value: Any) -> None:
+        raise TypeError(
+            f"opt.state is a snapshot: setting {name!r} in it would change nothing\n"
+            f"    fix: opt.hyperparams[{name!r}] = value"
+        )
+
+    update = setdefault = pop = clear = __setitem__  # type: ignore[assignment]
+
+
+jax.tree_util.register_pytree_with_keys(
+    _ReadOnly,
+    lambda d: ([(jax.tree_util.DictKey(k), d[k]) for k in sorted(d)], tuple(sorted(d))),
+    lambda keys, values: _ReadOnly(zip(keys, values, strict=True)),
+)
+
+
+def _read_only(state: Any) -> Any:
+    return _replaced(state, dict, _ReadOnly)
+
+
+def _writable(state: Any) -> Any:
+    return _replaced(state, _ReadOnly, dict)
+
+
+def _replaced(tree: Any, kind: type, by: type) -> Any:
+    """Return a state in which the dicts of hyperparameters are of another type."""
+    if isinstance(tree, tuple):
+        parts = [_replaced(part, kind, by) for part in tree]
+        if hasattr(tree, "_fields"):
+            tree = type(tree)(*parts)
+            numbers = getattr(tree, "hyperparams", None)
+            return tree._replace(hyperparams=by(numbers)) if type(numbers) is kind else tree
+        return type(tree)(parts)
+    if type(tree) is dict:
+        return {k: _replaced(v, kind, by) for k, v in tree.items()}
+    return [_replaced(part, kind, by) for part in tree] if type(tree) is list else tree
+
+
+def _update(tx: Any, params: Any, state: Any, grads: Any, extra: Any) -> Any:
+    given = {
+        name: grads[name].astype(value.dtype) if name in grads else jnp.zeros_like(value)
+        for name, value in params.items()
+    }
+    updates, new_state = tx.update(given, state, params, **extra)
+    return optax.apply_updates(params, updates), new_state
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(tx: Any) -> Any:
+    return jax.jit(functools.partial(_update, tx))
 
 
 def _join(path: Any) -> str:
@@ -307,3 +486,79 @@ def _owner(path: Any, names: Mapping[str, Parameter]) -> str | None:
         if getattr(key, "key", None) in names:
             return key.key
     return None
+
+
+# optax's transformations are functions made inside functions, which pickle does not take. They are
+# described by where their code is found, and by what they close over.
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, types.FunctionType) and "<locals>" in value.__qualname__:
+        cells = [_described(cell.cell_contents) for cell in value.__closure__ or ()]
+        extras = _described(value.__defaults__), _described(value.__kwdefaults__)
+        return _Function(value.__globals__["__name__"], value.__code__.co_qualname, cells, extras)
+    if isinstance(value, tuple):
+        parts = [_described(part) for part in value]
+        return _Tuple(type(value), parts)
+    if isinstance(value, dict):
+        return {k: _described(v) for k, v in value.items()}
+    if isinstance(value, functools.partial):
+        return _Partial([_described(p) for p in (value.func, value.args, value.keywords)])
+    return value
+
+
+class _Tuple:
+    def __init__(self, kind: type, parts: list[Any]) -> None:
+        self.kind, self.parts = kind, parts
+
+    def build(self) -> Any:
+        parts = [_built(part) for part in self.parts]
+        return self.kind(*parts) if hasattr(self.kind, "_fields") else self.kind(parts)
+
+
+class _Partial:
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+    def build(self) -> Any:
+        function, args, keywords = map(_built, self.parts)
+        return functools.partial(function, *args, **keywords)
+
+
+class _Function:
+    """Where a function's code is found, and what it closes over."""
+
+    def __init__(self, module: str, path: str, cells: list[Any], extras: Any) -> None:
+        self.module, self.path, self.cells, self.extras = module, path, cells, extras
+
+    def build(self) -> Any:
+        scope = vars(importlib.import_module(self.module))
+        first, *inner = [part for part in self.path.split(".") if part != "<locals>"]
+        code: Any = getattr(scope.get(first), "__wrapped__", scope.get(first))
+        code = getattr(code, "__code__", None)
+        for name in inner:
+            code = next((c for c in code.co_consts if getattr(c, "co_name", "") == name), None)
+            if code is None:
+                raise LoadError(
+                    f"the optimizer's transformation uses {self.module}.{self.path}, which this "
+                    f"version does not have\n"
+                    f"    fix: build the optimizer anew and load its state_dict"
+                )
+        cells = tuple(types.CellType(_built(cell)) for cell in self.cells)
+        function = types.FunctionType(code, scope, inner[-1], _built(self.extras[0]), cells)
+        function.__kwdefaults__ = _built(self.extras[1])
+        return function
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, (_Tuple, _Partial, _Function)):
+        return value.build()
+    if type(value) is dict:
+        return {k: _built(v) for k, v in value.items()}
+    return value
+
+
+def _rebuild(state: dict[str, Any], tx: Any) -> Optimizer:
+    optimizer = Optimizer.__new__(Optimizer)
+    optimizer._restore(state, _built(tx))
+    return optimizer

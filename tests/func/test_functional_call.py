@@ -112,7 +112,7 @@ def test_state_is_returned():
     assert int(net.num_batches_tracked) == 0
     expected = net(X)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(state["running_mean"], net.running_mean.data, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state["running_mean"], net.running_mean, rtol=1e-4, atol=1e-6)
     _, again = f({**params, **state}, X)
     assert int(again["num_batches_tracked"]) == 2
 

@@ -92,7 +92,7 @@ def test_stacked_blocks():
     np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-4)
     for i, block in enumerate(blocks):
         np.testing.assert_allclose(
-            stacked[1].running_mean[i], block[1].running_mean.data, rtol=1e-4, atol=1e-5
+            stacked[1].running_mean[i], block[1].running_mean, rtol=1e-4, atol=1e-5
         )
 
 

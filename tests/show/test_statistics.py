@@ -87,7 +87,7 @@ def test_what_has_no_value_gets_none():
 def test_a_buffer():
     norm = nn.BatchNorm1d(3)
     norm(jnp.ones((2, 3)))
-    text = str(describe(norm.running_mean))
+    text = str(describe(norm.get_buffer("running_mean")))
     assert text.startswith("buffer 'running_mean'")
     assert "trainable" not in text
 

@@ -1,241 +1,78 @@
-"""Binding: how values travel between boxes and JAX. The only file that touches tracers.
+"""The gate: the one file in which values enter and leave cells, and the only one that sees tracers.
 
-A *frame* is open while lamina traces a function. Inside it a box may hold a tracer in place of its
-value; the frame remembers what the box held before, notes what was written, and puts everything
-back when it closes, also after an exception. Four verbs, used by every transform:
+A *cell* holds one value. While lamina traces a function a *frame* is open: cells may then hold
+tracers, and the frame puts back what they held when it closes, whatever happened. The verbs:
 
-bind      put a tracer into a box for the time of the frame
-capture   note that a box was read which the frame had not bound (a closure)
-collect   pick up the values of the boxes that were written
-restore   put the former values back
+read, write   the gate itself: every value that users see, and every new one, comes through here
+bind          put tracers into cells for the time of a frame
+settle        give an empty cell the value it was always meant to have
+hand out      note that the user holds a cell's array, which then is never given away
+exchange      run a compiled program: values out of the cells, the new values back into them
 """
 
 from __future__ import annotations
 
+import collections
 import itertools
 import sys
 import threading
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
-from .errors import ForeignTransformError, StaticWriteError
+from .errors import ForeignTransformError, StaticWriteError, UnprovenError
 
-if TYPE_CHECKING:
-    from .module import Module
-    from .parameter import Box
-
-__all__ = ["LOCK", "STATE", "Clock", "Frame", "Retry", "VERSION"]
+__all__ = ["Cell", "Exchange", "Frame", "LOCK", "STATE", "read", "settle", "write"]
 
 LOCK = threading.RLock()
-"""Held while boxes hold tracers and while a compiled call takes and returns values."""
-
-
-class Clock:
-    """Counters that tell caches when to look again."""
-
-    def __init__(self) -> None:
-        self.tree = 0
-        """Bumped when a box or a module is added, replaced or removed anywhere."""
-        self.static = 0
-        """Bumped when anything changes that a compiled program may depend on, except values."""
-        self.exposed = 0
-        """Bumped when the array in some box becomes visible to the user."""
-
-
-VERSION = Clock()
+"""Held while cells hold tracers, and while a compiled call takes and returns values."""
 
 
 class _State(threading.local):
     def __init__(self) -> None:
         self.frames: list[Frame] = []
-        self.capture_level = 0
-        self.jit_level = 0
-        self.depth = 0
+        self.compiled: Frame | None = None
+        """The open frame of a compiled function; there is at most one."""
+        self.watching: Frame | None = None
+        """The innermost open frame that notes every cell that is read."""
+        self.abstract = 0
+        """How many open frames only infer shapes."""
         self.inferring = False
-
-
-def trace_state() -> Any:
-    """Return a mark of the JAX trace that is open now; equal marks mean the same trace."""
-    return get_opaque_trace_state(convention="lamina")
+        """Whether a module's ``infer_shapes`` runs."""
+        self.depth = 0
+        """How many calls of modules are open since the innermost frame was opened."""
+        self.entry: Any = None
+        """The JAX trace in which the outermost of these calls was made."""
 
 
 STATE = _State()
 _SERIAL = itertools.count(1)
-_CLEAN = trace_state()
+_TRACE = jax.make_user_context()
+"""Part of the key of JAX's own caches. A function that JAX has kept from an earlier trace, with
+old values in it, is traced anew in each compiled function of ours."""
 
 
-class Retry(BaseException):
-    """The trace just finished knew too little and starts again. Never reaches users."""
+def trace_mark() -> Any:
+    """Return what identifies the JAX trace that is open in this thread."""
+    return get_opaque_trace_state(convention="lamina")
 
 
-class Frame:
-    """What one transform did to the boxes while its function was traced.
-
-    Args:
-        kind: the name of the transform, for messages.
-        captures: note boxes that are read but not bound (compiled functions need them as inputs).
-        compiled: the traced program is kept and run again, so Python side effects would be lost.
-        abstract: boxes without a value read as shapes only; used to infer shapes.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        *,
-        captures: bool = False,
-        compiled: bool = False,
-        abstract: bool = False,
-    ) -> None:
-        self.serial = next(_SERIAL)
-        self.kind = kind
-        self.lane: Any = None
-        self.captures = captures
-        self.compiled = compiled
-        self.abstract = abstract
-        self.saved: dict[Box, tuple[Any, int]] = {}
-        self.written: dict[Box, None] = {}
-        self.captured: dict[Box, None] = {}
-        self.foreign: dict[Box, None] = {}
-        """Captured boxes that were read inside a JAX transform nested in the frame."""
-        self.modules: dict[Module, None] = {}
-        self.born: list[Box] = []
-        self.stale = False
-        """Whether a box that was bound empty has been given a value since."""
-        self.on_error: list[Callable[[], None]] = []
-        self.on_redo: list[Callable[[], None]] = []
-
-    def __enter__(self) -> Frame:
-        state = STATE
-        LOCK.acquire()
-        self.outer = (state.capture_level, state.jit_level, state.depth)
-        state.frames.append(self)
-        self.level = len(state.frames)
-        self.trace = trace_state()
-        state.depth = 0
-        if self.captures:
-            state.capture_level = self.level
-        if self.compiled:
-            state.jit_level = self.level
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        state = STATE
-        for box, (value, level) in self.saved.items():
-            box._value = value
-            box._level = level
-        for box in self.born:
-            box._level = 0
-        if self.abstract or error_type is not None:
-            for restore in reversed(self.on_redo):
-                restore()
-        if error_type is not None and error_type is not Retry:
-            for restore in reversed(self.on_error):
-                restore()
-        state.frames.pop()
-        state.capture_level, state.jit_level, state.depth = self.outer
-        LOCK.release()
-
-    def bind(self, boxes: Iterable[Box], values: Iterable[Any], *, watch: bool = False) -> None:
-        """Put ``values`` into ``boxes`` until the frame closes; ``watch`` notes which are read."""
-        for box, value in zip(boxes, values, strict=True):
-            self._own(box)
-            box._value = value
-            if watch:
-                box._level = self.level - 1
-
-    def _own(self, box: Box) -> None:
-        if box not in self.saved:
-            self.saved[box] = (box._value, box._level)
-        box._level = self.level
-
-    def collect(self) -> list[Any]:
-        """Return the present values of the boxes that were written, in order of first writing."""
-        return [box._value for box in self.written]
+def _clean_mark() -> Any:
+    # Taken in a new thread, where no trace can be open: lamina may be imported inside a jax.jit.
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(trace_mark()))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
-def note_read(box: Box) -> None:
-    """Tell the innermost capturing frame that a box it has not bound is read."""
-    state = STATE
-    if box._level < state.capture_level:
-        frame = state.frames[state.capture_level - 1]
-        frame.captured[box] = None
-        if trace_state() != state.frames[-1].trace:
-            frame.foreign[box] = None
-        frame._own(box)
-
-
-def note_birth(box: Box) -> None:
-    """Count a box made while tracing as known to the frame: it is no closure."""
-    frames = STATE.frames
-    box._level = len(frames)
-    frames[-1].born.append(box)
-
-
-def outlive(box: Any) -> Any:
-    """Let a box made while tracing belong to no frame; it will be captured when it is used."""
-    box._level = 0
-    return box
-
-
-def note_module(module: Module) -> None:
-    """Tell the compiled function being traced that it depends on a module's attributes."""
-    state = STATE
-    if state.jit_level:
-        state.frames[state.jit_level - 1].modules[module] = None
-
-
-def note_shape(box: Box) -> None:
-    """Remember a box's sizes before they are filled in, in case the trace fails."""
-    if STATE.frames:
-        former = (box._shape, box._init, box._init_is_default)
-
-        def restore() -> None:
-            box._shape, box._init, box._init_is_default = former
-
-        STATE.frames[0].on_error.append(restore)
-
-
-def placeholder(box: Box) -> Any:
-    """Return a tracer of the box's shape while shapes are being inferred, else None."""
-    state = STATE
-    if not (state.frames and any(frame.abstract for frame in state.frames)):
-        return None
-    shape = box._shape
-    assert shape is not None
-    value = jnp.zeros(shape, box.dtype)  # staged: no memory, no arithmetic
-    frame = state.frames[-1]
-    if trace_state() == frame.trace:
-        frame._own(box)
-        box._value = value
-    return value
-
-
-def store(box: Box, value: Any) -> None:
-    """Write a checked value into a box, so that the write survives every lamina transform."""
-    state = STATE
-    if not state.frames:
-        if trace_state() != _CLEAN and (is_tracer(value) or staging()):
-            raise ForeignTransformError(_FOREIGN_WRITE.format(box=box._describe()))
-        box._value = value
-        box._exposed = value
-        VERSION.exposed += 1
-        return
-    frame = state.frames[-1]
-    if trace_state() != frame.trace:
-        raise ForeignTransformError(
-            _INNER_WRITE.format(box=box._describe(), kind=frame.kind, fix=_fix(frame.kind))
-        )
-    if box._level < frame.level:
-        if frame.captures:
-            frame.captured[box] = None
-        frame._own(box)
-    frame.written[box] = None
-    box._value = value
+CLEAN = _clean_mark()
 
 
 def is_tracer(value: Any) -> bool:
@@ -246,8 +83,8 @@ def is_tracer(value: Any) -> bool:
 def holds_tracer(value: Any) -> bool:
     """Tell whether a value is, or contains in lists, tuples and dicts, a tracer."""
     if isinstance(value, (list, tuple, dict)):
-        return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
-    return isinstance(value, jax.core.Tracer)
+        return any(map(is_tracer, jax.tree.leaves(value)))
+    return is_tracer(value)
 
 
 def staging() -> bool:
@@ -255,106 +92,616 @@ def staging() -> bool:
     return is_tracer(jnp.zeros(()))
 
 
-def under_foreign_trace() -> bool:
-    """Tell whether a plain JAX transform is recording, inside or outside of lamina's frames."""
+def under_foreign() -> bool:
+    """Tell whether a plain JAX transform that records a program is open around lamina."""
     frames = STATE.frames
-    around = frames[-1].trace if frames else _CLEAN
-    return trace_state() != around and staging()
+    return frames[0].foreign if frames else trace_mark() != CLEAN and staging()
 
 
-def called_by_jax(depth: int) -> bool:
-    """Tell whether the function ``depth`` calls up was called by JAX itself."""
-    caller = sys._getframe(depth + 1).f_globals.get("__name__", "")
-    return caller == "jax" or caller.startswith("jax.")
+class _Handed:
+    """Counts the moments at which users got hold of a cell's array: a count that has not moved
+    spares a compiled call the look at each cell."""
+
+    count = 0
 
 
-def settled_value(box: Box) -> Any:
-    """Return what the box holds outside of all frames."""
-    for frame in STATE.frames:
-        if box in frame.saved:
-            return frame.saved[box][0]
-    return box._value
+class Cell:
+    """A holder of one value; subclasses say what it is called and how it gets its first value."""
+
+    __slots__ = ("__weakref__", "_handed", "_level", "_value")
+
+    def __init__(self, value: Any = None) -> None:
+        frames = STATE.frames
+        if frames:
+            _SET_LEVEL(self, len(frames))
+            frames[-1].born.append(self)
+        else:
+            _SET_LEVEL(self, 0)
+        _SET_VALUE(self, value)
+        _SET_HANDED(self, True)  # the user may hold the array it was made from
+        _Handed.count += 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no value, not even a tracer."""
+        return self._value is None
+
+    def form(self) -> Any:
+        """Return something with the shape and dtype of the value, or ``None``."""
+        return self._value
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether shape and dtype never change, and there is always a value once there is one."""
+        return False
+
+    def describe(self) -> str:
+        """Name the cell for a message."""
+        return "a value"
+
+    def first_value(self) -> Any:
+        """Return the value of a cell that has none yet, or raise; ``None`` where none is meant."""
+        return None
+
+    def stand_in(self) -> jax.ShapeDtypeStruct | None:
+        """Return the shape and dtype of the value to come, or raise; ``None`` if none is meant."""
+        return None
 
 
-def settle(box: Box, value: Any) -> None:
-    """Give a box that has no value one that outlives the open frames, as if it always had it."""
-    box._value = value
-    if STATE.frames:
-        STATE.frames[0].on_error.append(lambda: setattr(box, "_value", None))
-    for frame in STATE.frames:
-        if box in frame.saved:
-            frame.saved[box] = (value, frame.saved[box][1])
-            frame.stale = True
+_SET_VALUE = Cell._value.__set__  # type: ignore[attr-defined]
+_SET_LEVEL = Cell._level.__set__  # type: ignore[attr-defined]
+_SET_HANDED = Cell._handed.__set__  # type: ignore[attr-defined]
+_VALUE = attrgetter("_value")
 
 
-def check_static_write(module: Module, name: str, value: Any, unchanged: bool) -> None:
-    """Refuse an attribute write that a transform would lose; called only while frames are open."""
+def _each(function: Callable[..., Any], *columns: Iterable[Any]) -> None:
+    """Call a C function for each row. Runs in C: an interrupt comes before it or after it."""
+    collections.deque(map(function, *columns), maxlen=0)
+
+
+class Frame:
+    """What one transform did to the cells while its function was traced.
+
+    Args:
+        kind: the name of the transform, for messages.
+        compiled: the traced program is kept and run again.
+        abstract: cells without a value are read as shapes only; changes of attributes are undone.
+        look: (compiled) the first, abstract trace, which finds out which cells are touched.
+        watch: note every cell that is read.
+        lanes: indices that make random draws differ between lanes or steps.
+        foreign: whether plain JAX records around lamina; known where frames are open already.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        compiled: bool = False,
+        abstract: bool = False,
+        look: bool = False,
+        watch: bool = False,
+        lanes: tuple[Any, ...] = (),
+        foreign: bool | None = None,
+    ) -> None:
+        self.kind, self.compiled, self.abstract, self.look = kind, compiled, abstract, look
+        self.watch = watch
+        self.lanes = lanes
+        self.foreign = under_foreign() if foreign is None else foreign
+        self.serial = next(_SERIAL)
+        self.values: dict[Cell, Any] = {}
+        """What the cells held that the frame has bound or that were written in it."""
+        self.levels: dict[Cell, int] = {}
+        self.read: dict[Cell, None] = {}
+        self.written: dict[Cell, None] = {}
+        self.born: list[Cell] = []
+        self.met: dict[Cell, None] = {}
+        """(compiled) Cells that were reached without having been bound."""
+        self.draws: dict[Cell, int] = {}
+        """How many keys were drawn from each random stream."""
+        self.drawn_before: dict[Cell, Any] = {}
+        """In a loop: how many were drawn in the steps before, a tracer."""
+        self.undo: list[Callable[[], None]] = []
+        self.undo_always: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Frame:
+        state = STATE
+        LOCK.acquire()
+        self.outer = (state.compiled, state.watching, state.depth, state.entry)
+        state.frames.append(self)
+        self.level = len(state.frames)
+        self.trace = trace_mark()
+        state.depth, state.entry = 0, None
+        state.abstract += self.abstract
+        if self.watch:
+            state.watching = self
+        if self.compiled:
+            state.compiled = self
+            self.context = _TRACE(self.serial)
+            self.context.__enter__()
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        _each(_SET_VALUE, self.values, self.values.values())
+        _each(_SET_LEVEL, self.levels, self.levels.values())
+        state = STATE
+        for cell in self.born:
+            _SET_LEVEL(cell, min(cell._level, self.level - 1))
+        if self.abstract or error_type is not None:
+            _run_backwards(self.undo_always)
+        if error_type is not None:
+            _run_backwards(self.undo)
+        elif self.level > 1:
+            state.frames[-2].undo += self.undo
+        if self.compiled:
+            self.context.__exit__(None, None, None)
+        state.frames.pop()
+        state.abstract -= self.abstract
+        state.compiled, state.watching, state.depth, state.entry = self.outer
+        LOCK.release()
+
+    def bind(self, cells: Iterable[Cell], values: Iterable[Any]) -> None:
+        """Put ``values`` into ``cells`` until the frame closes."""
+        for cell, value in zip(cells, values, strict=True):
+            self._own(cell)
+            _SET_VALUE(cell, value)
+
+    def _own(self, cell: Cell) -> None:
+        if cell not in self.values:
+            self.levels[cell] = cell._level
+            self.values[cell] = cell._value
+        _SET_LEVEL(cell, self.level)
+
+    def collect(self, cells: Iterable[Cell] | None = None) -> list[Any]:
+        """Return the present values of ``cells`` (default: of those that were written)."""
+        return list(map(_VALUE, self.written if cells is None else cells))
+
+
+def _run_backwards(actions: list[Callable[[], None]]) -> None:
+    for action in reversed(actions):
+        action()
+    actions.clear()
+
+
+# The gate.
+
+
+def read(cell: Cell) -> Any:
+    """Return a cell's value to the user, or ``None`` where it is meant to have none.
+
+    An array that is returned here stays valid for ever.
+    """
     state = STATE
-    frame = state.frames[-1]
-    if module.__dict__["_born"] == state.frames[0].serial:
-        return  # made inside this trace: it ends with it
-    old = module.__dict__.get(name, _ABSENT)
-
-    def restore() -> None:
-        _put_back(module, name, old)
-
-    if state.inferring:
-        state.frames[0].on_error.append(restore)
-        return
-    if not frame.abstract:
-        if holds_tracer(value):
-            raise StaticWriteError(
-                _TRACER_ATTRIBUTE.format(cls=type(module).__name__, name=name, kind=frame.kind)
-            )
-        if state.jit_level and not unchanged:
-            raise StaticWriteError(_PLAIN_ATTRIBUTE.format(cls=type(module).__name__, name=name))
-    frame.on_redo.append(restore)
-
-
-def check_structure_write(module: Module, name: str) -> None:
-    """Refuse to add, replace or remove parts of a module inside a compiled function."""
-    if STATE.jit_level and module.__dict__["_born"] != STATE.frames[0].serial:
-        raise StaticWriteError(_STRUCTURE.format(cls=type(module).__name__, name=name))
-
-
-def _put_back(module: Module, name: str, old: Any) -> None:
-    VERSION.static += 1
-    if old is _ABSENT:
-        module.__dict__.pop(name, None)
+    frames = state.frames
+    if not frames:
+        _check_foreign_read(cell)
+        return _read_outside(cell)
+    frame = frames[-1]
+    compiled = state.compiled
+    if compiled is None:
+        _check_foreign_read(cell)
     else:
-        module.__dict__[name] = old
+        if cell._level < compiled.level:
+            _meet(cell, compiled)
+        if cell in compiled.values:
+            compiled.read[cell] = None
+    if state.watching is not None:
+        state.watching.read[cell] = None
+    value = cell._value
+    if value is None:
+        value = _stand_in(cell, frame) if state.abstract else fill(cell)
+    return value if is_tracer(value) else _hand_out(cell, value)
 
 
-_ABSENT = object()
+def _read_outside(cell: Cell) -> Any:
+    # The lock is taken since another thread may be tracing, or about to give the value away.
+    if not LOCK.acquire(blocking=False):
+        if isinstance(threading.current_thread(), threading._DummyThread):  # type: ignore[attr-defined]
+            return _read_in_callback(cell)
+        LOCK.acquire()
+    try:
+        value = cell._value
+        if value is None:
+            value = fill(cell)
+        if is_tracer(value):
+            if trace_mark() == CLEAN:
+                raise ForeignTransformError(_ENDED.format(box=cell.describe()))
+            return value
+        return _hand_out(cell, value)
+    finally:
+        LOCK.release()
 
 
-def _fix(kind: str) -> str:
-    return (
-        "Use lamina.scan, lamina.vmap, lamina.grad or lamina.remat in place of the jax transform, "
-        "or compute the new value inside, return it, and write it outside."
-        if kind != "functional_call"
-        else "Return the value and write it outside of the transform."
+def _read_in_callback(cell: Cell) -> Any:
+    """Read on a thread of XLA's own, which must not wait for the call that waits for it."""
+    value = cell._value
+    if is_tracer(value) or value is None or (hasattr(value, "is_deleted") and value.is_deleted()):
+        raise ForeignTransformError(_CALLBACK.format(box=cell.describe()))
+    return jnp.asarray(np.array(value))
+
+
+def write(cell: Cell, value: Any) -> None:
+    """Store a checked value, so that the write survives every lamina transform."""
+    state = STATE
+    frames = state.frames
+    if not frames:
+        if trace_mark() != CLEAN and (is_tracer(value) or staging()):
+            raise ForeignTransformError(_FOREIGN_WRITE.format(box=cell.describe()))
+        if is_tracer(value):
+            raise ForeignTransformError(_ENDED.format(box="the value for " + cell.describe()))
+        with LOCK:
+            _SET_VALUE(cell, value)
+            _hand_out(cell, value)
+        return
+    frame = frames[-1]
+    if trace_mark() != frame.trace:
+        raise ForeignTransformError(_INNER_WRITE.format(box=cell.describe(), kind=frame.kind))
+    if state.inferring and cell._level == 0:
+        raise StaticWriteError(_INFERRING.format(box=cell.describe(), kind=frame.kind))
+    compiled = state.compiled
+    if compiled is not None and cell._level < compiled.level:
+        _meet(cell, compiled)
+    if cell._level < frame.level:
+        frame._own(cell)
+    frame.written[cell] = None
+    _SET_VALUE(cell, value)
+    if not is_tracer(value):
+        _hand_out(cell, value)
+
+
+def _hand_out(cell: Cell, value: Any) -> Any:
+    if not cell._handed:
+        _SET_HANDED(cell, True)
+        _Handed.count += 1
+    return value
+
+
+def _meet(cell: Cell, compiled: Frame) -> None:
+    """Take in a cell that a compiled function reaches and that was not bound for it.
+
+    During the look these are cells that had no shape yet when it began, and cells that were made
+    in it to last. Whether they can be found again is checked when the look is over.
+    """
+    if not compiled.look:
+        raise UnprovenError(_UNPROVEN.format(box=cell.describe(), kind=compiled.kind))
+    compiled._own(cell)
+    compiled.met[cell] = None
+
+
+def _check_foreign_read(cell: Cell) -> None:
+    """Refuse a read that plain JAX would freeze into a program that it may run again."""
+    state = STATE
+    frames = state.frames
+    now = trace_mark()
+    if frames:
+        if frames[0].foreign and cell._level == 0 and not is_tracer(cell._value):
+            raise ForeignTransformError(_FOREIGN_READ.format(box=cell.describe()))
+        if now == frames[-1].trace:
+            return
+    elif not state.depth or state.entry != CLEAN:
+        if now != CLEAN and not is_tracer(cell._value) and staging():
+            raise ForeignTransformError(_FOREIGN_READ.format(box=cell.describe()))
+        return
+    elif now == CLEAN:
+        return
+    if staging() and _kept_by_jax():
+        raise ForeignTransformError(_KEPT_BY_JAX.format(box=cell.describe()))
+
+
+def _kept_by_jax() -> bool:
+    """Tell whether some function on the stack that JAX has called may outlive this call.
+
+    JAX keeps what it records by the identity of the function, so values read in one that lives on
+    would be those of its first call. Safe are functions defined in a function that is running now,
+    and bound methods, which are made anew whenever they are looked up.
+    """
+    called: list[Any] = []
+    defined: set[Any] = set()
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("jax.", "lamina._core.bind")):
+            defined.update(c for c in frame.f_code.co_consts if hasattr(c, "co_code"))
+            above = frame.f_back
+            caller = above.f_globals.get("__name__", "") if above is not None else ""
+            if caller.startswith("jax.") and "tree" not in caller:
+                called.append(frame)
+        frame = frame.f_back
+    return any(f.f_code not in defined and not _is_method(f) for f in called)
+
+
+def _is_method(frame: Any) -> bool:
+    """Tell whether a frame runs a method of its first argument, looked up for the call."""
+    code = frame.f_code
+    if not code.co_argcount or code.co_name == "__call__":
+        return False
+    me = frame.f_locals.get(code.co_varnames[0])
+    found = getattr(type(me), code.co_name, None)
+    return getattr(found, "__code__", None) is code
+
+
+def fill(cell: Cell) -> Any:
+    """Give an empty cell its first value, as if it had always had it."""
+    value = cell.first_value()
+    if value is not None and cell._value is None:  # it may have come together with others
+        settle(cell, value)
+    return cell._value
+
+
+def _stand_in(cell: Cell, frame: Frame) -> Any:
+    """Return a tracer of the cell's shape while shapes are inferred: no memory, no arithmetic."""
+    spec = cell.stand_in()
+    if spec is None:
+        return None
+    value = jnp.zeros(spec.shape, spec.dtype)
+    if trace_mark() == frame.trace:
+        frame._own(cell)
+        _SET_VALUE(cell, value)
+    return value
+
+
+def settle(cell: Cell, value: Any) -> None:
+    """Give a cell a value that outlives the open frames, as if it had always had it."""
+    frames = STATE.frames
+    with LOCK:
+        if frames:
+            frames[0].undo.append(lambda: _SET_VALUE(cell, None))
+        owners = [frame for frame in frames if cell in frame.values]
+        for frame in owners:
+            frame.values[cell] = value
+        if not owners or cell._value is None:
+            _SET_VALUE(cell, value)
+        _SET_HANDED(cell, True)
+        _Handed.count += 1
+
+
+def adopt(cell: Cell, value: Any) -> None:
+    """Give a cell that was made just now its value; it lives as long as the trace that is open."""
+    _SET_VALUE(cell, value)
+    _SET_HANDED(cell, True)
+    _Handed.count += 1
+
+
+def outlive(cell: Any) -> Any:
+    """Let a cell made while tracing belong to no frame; it is met when it is used."""
+    _SET_LEVEL(cell, 0)
+    return cell
+
+
+def settled_value(cell: Cell) -> Any:
+    """Return what a cell holds outside of all frames."""
+    for frame in STATE.frames:
+        if cell in frame.values:
+            return frame.values[cell]
+    return cell._value
+
+
+def raw_values(cells: Iterable[Cell]) -> list[Any]:
+    """Return what cells hold now, for tracing and for looking at types: not for users."""
+    return list(map(_VALUE, cells))
+
+
+def clear(cells: Iterable[Cell]) -> None:
+    """Take the values of cells away, so that they are made again."""
+    with LOCK:
+        for cell in cells:
+            _SET_VALUE(cell, None)
+
+
+def put_back(cells: Iterable[Cell], values: Iterable[Any]) -> None:
+    """Give cells what they held before something failed."""
+    with LOCK:
+        for cell, value in zip(cells, values, strict=True):
+            _SET_VALUE(cell, value)
+            _SET_HANDED(cell, True)
+        _Handed.count += 1
+
+
+# Changes that are no writes of values.
+
+
+def birth() -> int | None:
+    """Return what marks an object that is made now as belonging to an open trace."""
+    return (STATE.compiled or STATE.frames[0]).serial if STATE.frames else None
+
+
+def is_born_inside(born: int | None) -> bool:
+    """Tell whether an object ends with the trace that is open now."""
+    state = STATE
+    return born is not None and any(frame.serial == born for frame in state.frames)
+
+
+def refuse_static_change(born: int | None, message: str, **words: Any) -> None:
+    """Refuse a change that a compiled function would make once, while tracing, and then lose."""
+    if STATE.compiled is not None and not is_born_inside(born):
+        raise StaticWriteError(message.format(**words))
+
+
+def refuse_tracer_attribute(cls: str, name: str) -> None:
+    """Refuse an array that would outlive, in a plain attribute, the trace that it belongs to."""
+    frame = STATE.frames[-1]
+    if frame.abstract and STATE.compiled is None:
+        return  # it is taken back at the end
+    kind = frame.kind
+    raise StaticWriteError(_TRACER_ATTRIBUTE.format(cls=cls, name=name, kind=kind))
+
+
+def on_error(action: Callable[[], None], always: bool = False) -> None:
+    """Have a change of shapes or structure taken back if the trace that is open fails.
+
+    ``always``: also if it succeeds and was only made to infer shapes.
+    """
+    if STATE.frames:
+        frame = STATE.frames[-1]
+        (frame.undo_always if always and frame.abstract else frame.undo).append(action)
+
+
+# Randomness.
+
+
+def draws_before(stream: Cell) -> tuple[Any, list[Any]]:
+    """Count a draw from a stream; return how many came before it, and the lanes it is made in."""
+    frames = STATE.frames
+    frame = frames[-1]
+    if trace_mark() != frame.trace:
+        raise ForeignTransformError(_INNER_WRITE.format(box=stream.describe(), kind=frame.kind))
+    count: Any = 0
+    lanes: list[Any] = []
+    counting = True
+    for outer in reversed(frames):
+        if counting:
+            count += outer.draws.get(stream, 0)
+            count += outer.drawn_before.get(stream, 0)
+        lanes += outer.lanes
+        if outer.compiled:
+            break  # its inputs are the stream's words and the lanes around it
+        counting = counting and stream not in outer.values  # else the stream starts here
+    frame.draws[stream] = frame.draws.get(stream, 0) + 1
+    return count, lanes
+
+
+def note_draws(draws: dict[Any, int]) -> None:
+    """Count the draws of a closed frame in the one around it, or advance the streams."""
+    for stream, count in draws.items():
+        if STATE.frames:
+            outer = STATE.frames[-1].draws
+            outer[stream] = outer.get(stream, 0) + count
+        else:
+            stream.advance(count)
+
+
+# Running compiled programs.
+
+
+class Exchange:
+    """The cells of one compiled call: which are given up, which are only read, which are written.
+
+    Attributes:
+        donated: cells whose arrays the program may reuse for the new values.
+        kept: cells that are only read, or whose new value has another shape.
+        written: cells that take the program's first results, in order.
+    """
+
+    __slots__ = ("donated", "kept", "seen", "written")
+
+    def __init__(self, donated: list[Cell], kept: list[Cell], written: list[Cell]) -> None:
+        self.donated, self.kept, self.written = donated, kept, written
+        self.seen = -1
+
+    def run(self, program: Callable[..., Any], arrays: list[Any], name: str) -> Any:
+        """Call a compiled program; the caller holds the lock."""
+        kept = list(map(_VALUE, self.kept))
+        if not self.written:
+            return program([], kept, arrays)[1]
+        donated = list(map(_VALUE, self.donated))
+        count = _Handed.count
+        copied = self._protect(donated) if self.seen != count else ()
+        results: list[Any] = []
+        try:
+            # Called through map, so that an interrupt that arrives during the call can't come
+            # between the return and the assignment, when the donated values are gone already.
+            results.extend(map(program, (donated,), (kept,), (arrays,)))
+        except Exception as error:
+            if any(hasattr(v, "is_deleted") and v.is_deleted() for v in donated):
+                error.add_note(_LOST.format(name=name))
+            raise
+        finally:
+            if results:
+                _each(_SET_VALUE, self.written, results[0][0])
+                _each(_SET_HANDED, copied, itertools.repeat(False))
+                self.seen = count
+        return results[0][1]
+
+    def _protect(self, donated: list[Any]) -> list[Cell]:
+        """Replace arrays that the user holds by copies: donation must not delete those."""
+        copied = []
+        for index, cell in enumerate(self.donated):
+            if cell._handed and donated[index] is not None:
+                donated[index] = jnp.copy(donated[index])
+                copied.append(cell)
+        return copied
+
+
+def apart(written: list[Any], result: Any, given: Iterable[Any]) -> tuple[list[Any], Any]:
+    """Return a program's results with copies where an array would come out as it went in, or
+    twice: what a cell takes is given away later, and must be nobody else's.
+    """
+    taken = {id(value) for value in given if value is not None}
+
+    def own(value: Any) -> Any:
+        if value is None:
+            return None
+        if id(value) in taken or not is_tracer(value):
+            return jnp.copy(value)
+        taken.add(id(value))
+        return value
+
+    return [own(value) for value in written], jax.tree.map(
+        lambda leaf: jnp.copy(leaf) if id(leaf) in taken else leaf, result
     )
 
+
+def has_callbacks(jaxpr: Any) -> bool:
+    """Tell whether a program calls back into Python while it runs."""
+    return any("callback" in name for name in _primitive_names(jaxpr))
+
+
+def _primitive_names(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for parameter in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _primitive_names(inner)
+
+
+_FOREIGN_READ = """{box} was read under a plain JAX transform that records a program (jax.jit, \
+jax.lax.scan, jax.eval_shape ...): its present value would be frozen into it as a constant.
+    wrong:  jax.jit(lambda x: net(x))(x)
+    right:  lamina.jit(lambda x: net(x))(x)     (also lamina.scan, lamina.remat, lamina.infer)
+    fix: use lamina's transform, or lamina.functional_call(net, params, x) with all names in params; \
+for random draws `with lamina.rng(key):`"""
+
+_KEPT_BY_JAX = """{box} is read in a function that JAX may keep from an earlier call, with an old \
+value in it: it keeps the programs it records by the identity of the function.
+    wrong:  jax.lax.scan(self.cell, h, xs)              jax.checkpoint(self.block)(x)
+    right:  jax.lax.scan(lambda h, x: self.cell(h, x), h, xs)
+    fix: lamina.scan(self.cell, h, xs) or lamina.remat(self.block)(x), or define the function where \
+it is used"""
 
 _FOREIGN_WRITE = """{box} is written under a plain JAX transform, which would lose the new value.
     wrong:  jax.jit(f), jax.vmap(f), jax.grad(f), ... where f writes a parameter or buffer
     right:  lamina.jit(f), lamina.vmap(f), lamina.grad(f), ...
     or:     out, state = lamina.functional_call(net, params, x, return_state=True)
-    or:     net.eval() if the layer needs no new state, or `with lamina.rng(key):` for dropout"""
+    fix: use lamina's transform; or net.eval() if the layer needs no new state, or `with \
+lamina.rng(key):` for dropout"""
 
-_INNER_WRITE = """{box} is written inside a jax transform nested in lamina's `{kind}`; \
-the new value would be lost. {fix}"""
+_INNER_WRITE = """{box} is written inside a jax transform nested in lamina's `{kind}`; the new \
+value would be lost.
+    fix: Use lamina.scan, lamina.vmap, lamina.grad or lamina.remat in place of the jax transform, or \
+return the value and write it outside"""
+
+_ENDED = """{box} was made or written inside a transform, and exists only there: the transform has \
+ended.
+    fix: return the value from the transformed function and use what the call returns"""
+
+_INFERRING = """{box} is written in infer_shapes under `{kind}`: infer_shapes runs once, and the \
+new value would be lost.
+    fix: in infer_shapes set shapes and recipes only (self.weight.init = ...), or compute the value \
+in forward"""
 
 _TRACER_ATTRIBUTE = """{cls}.{name} is a plain attribute, and under `{kind}` the array assigned to \
 it exists only while tracing.
-    mend:  in __init__, declare it:  self.register_buffer({name!r}, None, persistent=False)
-           then `self.{name} = array` works everywhere and the value comes out."""
+    fix: declare it in __init__: self.register_buffer({name!r}, None, persistent=False); then \
+`self.{name} = array` works everywhere and the value comes out"""
 
-_PLAIN_ATTRIBUTE = """{cls}.{name} is a plain Python attribute and is changed inside a compiled \
-function: the change would happen once, while tracing, and then be lost.
-    mend:  keep changing state in a buffer:  self.{name} = nn.Buffer(jnp.asarray(0))
-           or change it outside of the compiled function."""
+_UNPROVEN = """{box} is reached by `{kind}` on a way that can't be checked again at every call.
+    fix: pass its module to the compiled function as an argument"""
 
-_STRUCTURE = """{cls}.{name} is added, replaced or removed inside a compiled function: the change \
-would happen once, while tracing, and be lost. Change the structure of a model outside of it."""
+_CALLBACK = """{box} is read in a callback while the compiled function that updates it runs: it \
+has no value at this moment.
+    fix: pass the value to the callback: jax.debug.callback(f, net.weight.data)"""
+
+_LOST = """{name} failed while it was running, after its inputs were given up to it: the \
+parameters it was to update are lost. Load them again, for instance from the last checkpoint."""

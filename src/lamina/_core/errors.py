@@ -1,7 +1,8 @@
 """Every error lamina raises, and the two helpers that word them.
 
-An error says where (the dotted path), what was expected, what was got, and the code that mends it.
-Each class also derives from the built-in exception a PyTorch user would have caught.
+An error says where (the dotted path), what was expected, what was got, and, on its last line, after
+``fix:``, the code that mends it. Each class also derives from the built-in exception that
+a PyTorch user would have caught.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "ShapeError",
     "StaticWriteError",
     "TypeMismatchError",
+    "UnprovenError",
 ]
 
 
@@ -45,6 +47,10 @@ class ForeignTransformError(LaminaError, RuntimeError):
 
 class StaticWriteError(LaminaError, RuntimeError):
     """A plain attribute of a module was changed inside a compiled function, which would lose it."""
+
+
+class UnprovenError(LaminaError, RuntimeError):
+    """A compiled function depends on something that can't be checked again at every call."""
 
 
 class DataDependentError(LaminaError, TypeError):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .bind import VERSION
+from .shapes import is_inexact
 
 __all__ = ["RemovableHandle", "add_hook", "run_backward_hooks"]
 
@@ -33,14 +34,15 @@ class RemovableHandle:
         [(2, 3)]
     """
 
-    def __init__(self, hooks: dict[int, Any]) -> None:
+    def __init__(self, hooks: dict[int, Any], changed: Callable[[], None]) -> None:
         self.id = next(_IDS)
         self._hooks = hooks
+        self._changed = changed
 
     def remove(self) -> None:
         """Remove the hook; a second call does nothing."""
         self._hooks.pop(self.id, None)
-        VERSION.static += 1
+        self._changed()
 
     def __enter__(self) -> RemovableHandle:
         return self
@@ -49,42 +51,50 @@ class RemovableHandle:
         self.remove()
 
 
-def add_hook(module: Any, registry: str, hook: Any, prepend: bool = False) -> RemovableHandle:
-    """Add ``hook`` to one of a module's hook registries and return its handle."""
-    hooks = module.__dict__.get(registry)
-    if hooks is None:
-        hooks = module.__dict__[registry] = OrderedDict()
-    handle = RemovableHandle(hooks)
+def add_hook(
+    hooks: dict[int, Any], hook: Any, changed: Callable[[], None], prepend: bool = False
+) -> RemovableHandle:
+    """Add ``hook`` to a registry and return its handle; ``changed`` is told of it both times."""
+    handle = RemovableHandle(hooks, changed)
     hooks[handle.id] = hook
-    if prepend:
+    if prepend and isinstance(hooks, OrderedDict):
         hooks.move_to_end(handle.id, last=False)
-    VERSION.static += 1
+    changed()
     return handle
 
 
-def run_backward_hooks(module: Any, args: tuple[Any, ...], forward: Any) -> Any:
-    """Call ``forward(*args)`` so that the module's backward hooks see its gradients.
+def run_backward_hooks(
+    module: Any, before: list[Any], after: list[Any], args: tuple[Any, ...], forward: Any
+) -> Any:
+    """Call ``forward(*args)`` so that a module's backward hooks see its gradients.
 
-    The gradient with respect to the outputs reaches the pre-hooks and then, together with the
-    gradient with respect to the inputs, the hooks. Either may return a replacement.
+    The gradient with respect to the outputs reaches the hooks ``before`` and then, together with
+    the gradient with respect to the inputs, the hooks ``after``. Either may return a replacement.
+    Where no gradient is asked for an input, as in a first layer, the hooks see ``None`` for it.
     """
-    before = list(module._backward_pre_hooks.values())
-    after = list(module._backward_hooks.values())
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"inputs": False}
 
     @jax.custom_vjp
     def tap_inputs(values: Any) -> Any:
         return values
 
-    def inputs_backward(_: None, grads: Any) -> Any:
-        result = grads
-        for hook in after:
-            changed = hook(module, tuple(result), seen.get("outputs"))
-            if changed is not None:
-                result = [jnp.asarray(c) for c in _as_tuple(changed)]
-        return (list(result),)
+    def inputs_forward(values: Any) -> Any:
+        seen["inputs"] = any(value.perturbed for value in values)
+        return [value.value for value in values], [value.perturbed for value in values]
 
-    tap_inputs.defvjp(lambda values: (values, None), inputs_backward)
+    def inputs_backward(wanted: Any, grads: Any) -> Any:
+        shown = [g if want else None for g, want in zip(grads, wanted, strict=True)]
+        result = run_after(tuple(map(_dense, shown)))
+        return ([_dense(g) if r is None else r for g, r in zip(grads, result, strict=True)],)
+
+    def run_after(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        for hook in after:
+            changed = hook(module, grads, seen.get("outputs"))
+            if changed is not None:
+                grads = tuple(None if c is None else jnp.asarray(c) for c in _as_tuple(changed))
+        return grads
+
+    tap_inputs.defvjp(inputs_forward, inputs_backward, symbolic_zeros=True)
 
     @jax.custom_vjp
     def tap_outputs(values: Any) -> Any:
@@ -97,25 +107,32 @@ def run_backward_hooks(module: Any, args: tuple[Any, ...], forward: Any) -> Any:
             if changed is not None:
                 result = _as_tuple(changed)
         seen["outputs"] = result
+        if not seen["inputs"]:
+            run_after((None,) * len(where))
         return (list(result),)
 
     tap_outputs.defvjp(lambda values: (values, None), outputs_backward)
 
-    where = [i for i, arg in enumerate(args) if _is_float(arg)]
-    tapped = tap_inputs([args[i] for i in where])
+    where = [i for i, arg in enumerate(args) if _is_inexact(arg)]
     full = list(args)
-    for i, value in zip(where, tapped, strict=True):
+    for i, value in zip(where, tap_inputs([args[i] for i in where]), strict=True):
         full[i] = value
     leaves, treedef = jax.tree.flatten(forward(*full))
-    outputs = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
+    outputs = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
     for i, value in zip(outputs, tap_outputs([leaves[i] for i in outputs]), strict=True):
         leaves[i] = value
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _dense(grad: Any) -> Any:
+    if isinstance(grad, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(grad.shape, grad.dtype)
+    return grad
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _is_float(value: Any) -> bool:
-    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
+def _is_inexact(value: Any) -> bool:
+    return hasattr(value, "dtype") and is_inexact(value.dtype)

@@ -1,29 +1,23 @@
-"""Materialising: giving abstract boxes their values; and inferring the shapes of unshaped ones.
-
-A value is drawn by one small compiled program per distinct (recipe, shape, dtype, sharding), with
-the recipe's numbers and the key's ingredients as run-time scalars.
-"""
+"""Materialising: giving abstract boxes their values; and inferring the shapes of unshaped ones."""
 
 from __future__ import annotations
 
 import fnmatch
-import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from .bind import Frame
-from .errors import DeferredError, ShapeError, format_shape
+from . import bind
+from .bind import STATE, Frame
+from .box import Box
+from .errors import DeferredError, ForeignTransformError
 from .module import Module
-from .parameter import Box, as_sharding, canonical
-from .random import BIRTHS, is_key, origin_of, seed_key
-from .walk import identify, walk
+from .shapes import as_sharding, canonical, is_floating
+from .walk import walk
 
-__all__ = ["abstractify", "infer", "materialize", "name_words"]
+__all__ = ["abstractify", "infer", "infer_call", "materialize"]
 
 
 def infer(net: Module, *specs: Any, **kwargs: Any) -> Module:
@@ -48,36 +42,26 @@ def infer(net: Module, *specs: Any, **kwargs: Any) -> Module:
         >>> net.weight.shape, net.weight.is_material
         ((4, 3), False)
     """
-    leaves, treedef = jax.tree.flatten((specs, kwargs))
+    infer_call(net, specs, kwargs)
+    return net
+
+
+def infer_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Call a function abstractly, so that the modules that it calls learn their sizes."""
+    leaves, treedef = jax.tree.flatten((args, kwargs))
     dynamic = [_is_spec(leaf) for leaf in leaves]
+    foreign = bind.under_foreign()
 
     def forward(values: list[Any]) -> None:
         remaining = iter(values)
         filled = [
             next(remaining) if use else leaf for use, leaf in zip(dynamic, leaves, strict=True)
         ]
-        args, keywords = jax.tree.unflatten(treedef, filled)
-        with Frame("infer", abstract=True):
-            net(*args, **keywords)
+        positional, keywords = jax.tree.unflatten(treedef, filled)
+        with Frame("infer", abstract=True, foreign=foreign):
+            fn(*positional, **keywords)
 
     jax.eval_shape(forward, [abstractify(x) for x, use in zip(leaves, dynamic, strict=True) if use])
-    return net
-
-
-def abstractify(value: Any) -> Any:
-    """Return the shape and dtype of an array as a ``jax.ShapeDtypeStruct``."""
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return value
-    if isinstance(value, Box):
-        return jax.ShapeDtypeStruct(value.shape, value.dtype)
-    if isinstance(value, jax.Array):
-        return jax.ShapeDtypeStruct(value.shape, value.dtype)
-    value = np.asarray(value)
-    return jax.ShapeDtypeStruct(value.shape, canonical(value.dtype))
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.ShapeDtypeStruct, jax.Array, np.ndarray, np.generic))
 
 
 def materialize(
@@ -116,33 +100,33 @@ def materialize(
     """
     if specs:
         infer(net, *specs)
+    if STATE.frames or bind.under_foreign():
+        raise ForeignTransformError(_INSIDE)
     names = walk(net).names
     place = _placer(shardings)
     problems = []
     for box, name in names.items():
-        if dtype is not None and jnp.issubdtype(box._dtype, jnp.floating):
-            box._cast(dtype)
+        if dtype is not None and is_floating(box.declared_dtype):
+            box.cast(dtype)
         sharding = place(name, box)
         if sharding is not None:
             box.sharding = as_sharding(sharding)
-        if box._is_free or (box.is_material and not overwrite):
-            continue
-        if box._awaits_shapes:
-            problems.append(f"  {name}: shape {format_shape(box.shape)} is not known yet")
-        elif box._init is None and not box.is_material:
+        if box.state == "unshaped":
+            problems.append(f"  {name}: {box.what_is_missing()}")
+        elif box.state == "abstract" and box.init is None:
             problems.append(f"  {name}: has no value and no recipe to make one")
     if problems:
         raise DeferredError(
             "these can't get values:\n"
             + "\n".join(problems)
-            + "\n  mend: pass an input, lamina.materialize(net, "
+            + "\n    fix: pass an input, lamina.materialize(net, "
             "jax.ShapeDtypeStruct((batch, features), jnp.float32)), or set p.init"
         )
     for box, name in names.items():
-        if box._is_free or (box.is_material and not (overwrite and box._init is not None)):
-            continue
-        value = draw(box) if key is None else _draw_named(box, key, 0, name)
-        box._value = value
+        again = overwrite and box.init is not None and box.state == "material"
+        if box.state == "abstract" or again:
+            value = box.drawn(box.origin() if key is None else (key, 0, name))
+            bind.write(box, value) if again else bind.settle(box, value)
     return net
 
 
@@ -163,79 +147,20 @@ def _placer(shardings: Any) -> Callable[[str, Box], Any]:
     return lambda name, box: shardings
 
 
-def name_words(name: str) -> tuple[int, int]:
-    """Return the 64-bit hash of a name as two 32-bit words."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+def abstractify(value: Any) -> Any:
+    """Return the shape and dtype of an array as a ``jax.ShapeDtypeStruct``."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return value
+    if isinstance(value, (Box, jax.Array)):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
+    value = np.asarray(value)
+    return jax.ShapeDtypeStruct(value.shape, canonical(value.dtype))
 
 
-def draw(box: Box) -> jax.Array:
-    """Draw a box's value from its recipe, its model's seed and number, and its name."""
-    root, name = identify(box)
-    seed, number = origin_of(box, root)
-    return _draw_named(box, seed, number, name)
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.ShapeDtypeStruct, jax.Array, np.ndarray, np.generic))
 
 
-def _draw_named(box: Box, seed: Any, number: int, name: str) -> jax.Array:
-    recipe = box._init
-    if recipe is None:
-        raise DeferredError(
-            f"{box._describe()} has no value and no recipe to make one.\n"
-            f"    mend:  nn.Parameter(shape={box.shape}, init=nn.init.Normal(std=0.02))"
-        )
-    shape = tuple(int(size) for size in box.shape)  # type: ignore[arg-type]
-    dtype = np.dtype(box.dtype)
-    sharding = box._sharding
-    words = np.array([number, *name_words(name)], np.uint32)
-    if not is_key(seed):
-        words = np.array([*seed, *words], np.uint32)
-        seed = None
-    with jax.ensure_compile_time_eval():
-        try:
-            value = _run(recipe, seed, words, shape, dtype, sharding)
-        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
-            key = _key(seed, words)  # a recipe in plain NumPy can't be compiled
-            value = jax.device_put(jnp.asarray(recipe(key, shape, dtype), dtype), sharding)
-    if value.shape != shape or value.dtype != dtype:
-        raise ShapeError(
-            f"{box._describe()}: its recipe {recipe!r} returned {value.dtype}{list(value.shape)}, "
-            f"expected {dtype}{list(shape)}; a recipe is (key, shape, dtype) -> Array"
-        )
-    return value
-
-
-def _key(seed: Any, words: Any) -> jax.Array:
-    if seed is None:
-        seed, words = seed_key(words[0], words[1]), words[2:]
-    elif not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
-        seed = jax.random.wrap_key_data(seed)
-    root = jax.random.fold_in(seed, words[0])
-    return jax.random.fold_in(jax.random.fold_in(root, words[1]), words[2])
-
-
-def _run(recipe: Any, seed: Any, words: Any, shape: Any, dtype: Any, sharding: Any) -> jax.Array:
-    leaves, treedef = jax.tree.flatten(recipe)
-    if leaves and leaves[0] is recipe:  # a plain function
-        return _program(recipe, None, shape, dtype, sharding)(seed, words, ())
-    return _program(None, treedef, shape, dtype, sharding)(seed, words, leaves)
-
-
-@functools.lru_cache(maxsize=4096)
-def _program(function: Any, treedef: Any, shape: Any, dtype: Any, sharding: Any) -> Any:
-    small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-    drawn = np.dtype(np.float32) if small else dtype  # so that casting before or after is the same
-
-    def program(seed: Any, words: jax.Array, leaves: Any) -> jax.Array:
-        recipe = function if treedef is None else jax.tree.unflatten(treedef, leaves)
-        value = recipe(_key(seed, words), shape, drawn)
-        return value if drawn == dtype else jnp.asarray(value).astype(dtype)
-
-    return jax.jit(program, out_shardings=sharding)
-
-
-class _Maker:
-    draw = staticmethod(draw)
-    seed = staticmethod(BIRTHS.seed)
-
-
-Box._maker = _Maker()
+_INSIDE = """materialize is called inside a transform: it would happen once, while tracing, and the \
+values would be frozen into the program.
+    fix: call lamina.materialize(net, ...) outside, before the transformed function"""

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from . import bind
-from .bind import STATE, VERSION
+from .bind import STATE, Cell
+from .box import ArrayAttribute, Box, Buffer, Parameter, is_array, parse_targets
 from .errors import DataDependentError, DeferredError, ForeignTransformError, did_you_mean
 from .hooks import RemovableHandle, add_hook, run_backward_hooks
-from .parameter import Box, Buffer, Parameter
-from .parts import PartsMixin
 from .random import BIRTHS
-from .state import StateMixin
-from .walk import fingerprint, path_of, walk
+from .shapes import as_sharding, is_inexact
+from .state_dict import StateDict, load_own, load_state_dict, save_own, save_state_dict
+from .walk import Links, own_boxes, path_of, touch, walk
 
 __all__ = ["Module", "Registry"]
 
 _NO_HOOKS: Any = MappingProxyType({})
+_MISSING = object()
+_SIMPLE = (int, float, str, bytes, bool, type(None))
 
 
 class Registry(dict):
@@ -32,24 +38,23 @@ class Registry(dict):
 
     __slots__ = ("owner",)
 
-    def __init__(self, owner: weakref.ref[Module]) -> None:
+    def __init__(self, owner: Any) -> None:
         super().__init__()
         self.owner = owner
 
     def __setitem__(self, name: str, value: Any) -> None:
-        owner = self.owner()
-        if owner is not None:
-            self._changing(owner, name)
+        self._changing(name)
         super().__setitem__(name, value)
+        owner = self.owner()
         if owner is not None and value is not None:
             owner._adopt(value)
 
     def __delitem__(self, name: str) -> None:
-        self._changing(self.owner(), name)
+        self._changing(name)
         super().__delitem__(name)
 
     def pop(self, name: str, *default: Any) -> Any:
-        self._changing(self.owner(), name)
+        self._changing(name)
         return super().pop(name, *default)
 
     def popitem(self) -> tuple[str, Any]:
@@ -57,7 +62,7 @@ class Registry(dict):
         return name, self.pop(name)
 
     def clear(self) -> None:
-        self._changing(self.owner(), "*")
+        self._changing("*")
         super().clear()
 
     def update(self, *others: Any, **named: Any) -> None:
@@ -76,15 +81,20 @@ class Registry(dict):
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
-    @staticmethod
-    def _changing(owner: Module | None, name: str) -> None:
-        if STATE.frames and owner is not None:
-            bind.check_structure_write(owner, name)
-        VERSION.tree += 1
-        VERSION.static += 1
+    def _changing(self, name: str) -> None:
+        owner = self.owner()
+        if owner is None:
+            return
+        if STATE.frames:
+            bind.refuse_static_change(
+                owner.__dict__["_born"], _STRUCTURE, cls=type(owner).__name__, name=name
+            )
+            former = dict(self)
+            bind.on_error(lambda: (dict.clear(self), dict.update(self, former)))
+        touch((self.owner,), structure=True)
 
 
-class Module(PartsMixin, StateMixin):
+class Module:
     """Base class of all layers, blocks and models.
 
     Assign parameters, buffers, modules, and lists, tuples or dicts of them as attributes, and
@@ -112,39 +122,33 @@ class Module(PartsMixin, StateMixin):
     call_super_init: ClassVar[bool] = False
     cls_to_become: ClassVar[type[Module] | None] = None
     _version: ClassVar[int] = 1
-    _contain: ClassVar[Any]
-    """Turns a list, tuple or dict that holds modules or parameters into a module, or returns None.
-    Supplied by ``containers.py``, whose classes are modules themselves."""
-    _compiler: ClassVar[Callable[..., Any]]
-    """``lamina.jit``, which stands above the core and supplies itself."""
 
+    _links: Links
     _parameters: dict[str, Parameter | None]
     _buffers: dict[str, Buffer | None]
     _modules: dict[str, Any]
+    _arrays: dict[str, Cell]
     _forward_hooks: dict[int, Any] = _NO_HOOKS
     _forward_pre_hooks: dict[int, Any] = _NO_HOOKS
     _backward_hooks: dict[int, Any] = _NO_HOOKS
     _backward_pre_hooks: dict[int, Any] = _NO_HOOKS
-
-    _INTERNAL: ClassVar[frozenset[str]] = frozenset(
-        {"_parameters", "_buffers", "_modules", "_parents", "_origin", "_tree", "_fingerprint"}
-        | {"_born", "_slots", "_self", "_pending", "_compiled", "_forward_hooks", "_load_hooks"}
-        | {"_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_load_pre_hooks"}
-        | {"_state_dict_hooks", "_state_dict_pre_hooks"}
-    )
+    _state_dict_hooks: dict[int, Any] = _NO_HOOKS
+    _state_dict_pre_hooks: dict[int, Any] = _NO_HOOKS
+    _load_hooks: dict[int, Any] = _NO_HOOKS
+    _load_pre_hooks: dict[int, Any] = _NO_HOOKS
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
         fields = self.__dict__
-        reference: Any = weakref.ref(self)
+        links = Links(self)
         fields["training"] = True
-        fields["_parameters"] = Registry(reference)
-        fields["_buffers"] = Registry(reference)
-        fields["_modules"] = Registry(reference)
-        fields["_parents"] = ()
-        fields["_self"] = reference
+        fields["_links"] = links
+        fields["_parameters"] = Registry(links.me)
+        fields["_buffers"] = Registry(links.me)
+        fields["_modules"] = Registry(links.me)
+        fields["_arrays"] = Registry(links.me)
         fields["_pending"] = False
-        fields["_born"] = STATE.frames[0].serial if STATE.frames else None
+        fields["_born"] = bind.birth()
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -154,22 +158,24 @@ class Module(PartsMixin, StateMixin):
 
     # Registration.
 
-    def _adopt(self, part: Box | Module) -> None:
+    def _adopt(self, part: Any) -> None:
         """Link a newly registered part to this module."""
         fields = self.__dict__
+        links = fields["_links"]
+        _link(part, links.me)
         if isinstance(part, Box):
-            self._link(part)
-            if part.is_unshaped and not part._is_free:
+            if part.state == "unshaped" and part.is_unshaped:
                 fields["_pending"] = True
-            if not fields["_parents"] and "_origin" not in fields:
+            if not links.parents and "_origin" not in fields:
                 fields["_origin"] = BIRTHS.take()
             return
-        self._link(part)
+        if not isinstance(part, Module):
+            return
         origin = part.__dict__.pop("_origin", None)
         if origin is None:
             return
         own = fields.get("_origin")
-        if not fields["_parents"] and own is None:
+        if not links.parents and own is None:
             fields["_origin"] = origin
         elif own is not None and own[0] == origin[0] and origin[1] < own[1]:
             fields["_origin"] = origin
@@ -177,17 +183,18 @@ class Module(PartsMixin, StateMixin):
         else:
             BIRTHS.give_back(origin)
 
+    def _contain(self, value: Any, where: str) -> Module | None:
+        """Turn a list, tuple or dict that holds parts into a module; ``nn.Module`` does so."""
+        return None
+
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self.__dict__
         descriptor = getattr(type(self), name, None)
         if descriptor is not None and hasattr(type(descriptor), "__set__"):
             object.__setattr__(self, name, value)
             return
-        parameters, buffers, modules = (
-            fields["_parameters"],
-            fields["_buffers"],
-            fields["_modules"],
-        )
+        parameters, buffers = fields["_parameters"], fields["_buffers"]
+        modules, arrays = fields["_modules"], fields["_arrays"]
         if isinstance(value, Parameter):
             self._register(name, value, parameters)
         elif isinstance(value, Buffer):
@@ -198,118 +205,142 @@ class Module(PartsMixin, StateMixin):
             self._assign(parameters, name, value)
         elif name in buffers:
             self._assign(buffers, name, value)
-        elif name in modules and name not in fields.get("_slots", ()):
-            if value is None:
-                modules[name] = None
-                return
-            container = self._contain(value, f"{type(self).__name__}.{name}")
-            if container is None:
+        elif name in arrays and (value is None or is_array(value)):
+            bind.write(arrays[name], _plain_array(value))
+        elif name in modules:
+            container = None if value is None else self._contain(value, self._where(name))
+            if container is None and value is not None:
                 raise TypeError(
-                    f"{type(self).__name__}.{name} is a module; can't assign "
-                    f"{type(value).__name__} (a module or None expected; "
-                    f"`del module.{name}` first to use the name for something else)"
+                    f"{self._where(name)} is a module; can't assign {type(value).__name__} (a "
+                    f"module or None expected)\n    fix: `del module.{name}` first to use the name "
+                    f"for something else"
                 )
             modules[name] = container
+        elif is_array(value) and self._takes_array(name, value):
+            self._register(name, ArrayAttribute(_plain_array(value), name), arrays)
         else:
             if isinstance(value, (list, tuple, dict)):
-                container = self._contain(value, f"{type(self).__name__}.{name}")
+                container = self._contain(value, self._where(name))
                 if container is not None:
                     self._register(name, container, modules)
                     return
-                if not value and not isinstance(value, tuple):
-                    self._keep_place(name)
-            old = fields.get(name, _MISSING)
-            unchanged = old is value or (type(old) is type(value) in _SIMPLE and old == value)
-            if STATE.frames:
-                bind.check_static_write(self, name, value, unchanged)
-            if not unchanged:
-                VERSION.static += 1
-            fields[name] = value
+            self._set_plain(name, value)
+
+    def _where(self, name: str) -> str:
+        return f"{type(self).__name__}.{name}"
+
+    def _takes_array(self, name: str, value: Any) -> bool:
+        """Tell whether a new array attribute will last; one that ends with a trace is refused."""
+        if not bind.is_tracer(value):
+            return True
+        if STATE.frames and not bind.is_born_inside(self.__dict__["_born"]):
+            bind.refuse_tracer_attribute(type(self).__name__, name)
+        return False
+
+    def _set_plain(self, name: str, value: Any) -> None:
+        fields = self.__dict__
+        old = fields.get(name, _MISSING)
+        if old is value or (type(old) is type(value) in _SIMPLE and old == value):
+            return
+        if STATE.frames and not bind.is_born_inside(fields["_born"]):
+            if bind.holds_tracer(value) and not STATE.inferring:
+                bind.refuse_tracer_attribute(type(self).__name__, name)
+            if not STATE.inferring:
+                bind.refuse_static_change(
+                    fields["_born"], _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
+                )
+            bind.on_error(lambda: self._put_back(name, old), always=not STATE.inferring)
+        if name in fields["_arrays"]:
+            del fields["_arrays"][name]
+        fields[name] = value
+        touch((fields["_links"].me,))
+
+    def _put_back(self, name: str, old: Any) -> None:
+        if old is _MISSING:
+            self.__dict__.pop(name, None)
+        else:
+            self.__dict__[name] = old
+        touch((self._links.me,))
 
     def _register(self, name: str, value: Any, registry: Registry) -> None:
         fields = self.__dict__
         if registry.get(name) is value and value is not None:
             return
-        fields.pop(name, None)
-        fields.get("_slots", {}).pop(name, None)
-        for other in (fields["_parameters"], fields["_buffers"], fields["_modules"]):
+        for key in ("_parameters", "_buffers", "_modules", "_arrays"):
+            other = fields[key]
             if other is not registry and name in other:
                 del other[name]
+        old = registry.get(name)
         registry[name] = value
+        fields.pop(name, None)
+        if isinstance(old, Box):  # a bias draws from the size of the weight that is there now
+            for _, box in own_boxes(self):
+                box.follow(old, value)
 
     def _assign(self, registry: Registry, name: str, value: Any) -> None:
-        box = registry[name]
-        if box is not None and (value is not None or box._is_free):
-            box._write(value)
+        box: Any = registry[name]
+        if box is not None and (value is not None or box.is_place):
+            box.data = value
         elif value is None:
             registry[name] = None
         elif registry is self.__dict__["_buffers"]:
             registry[name] = Buffer(value)
         else:
             raise TypeError(
-                f"{type(self).__name__}.{name} is a parameter set to None; assign an "
-                f"nn.Parameter(value) to give it a value"
+                f"{self._where(name)} is a parameter set to None; assign an nn.Parameter(value) to "
+                f"give it a value\n    fix: module.{name} = nn.Parameter(value)"
             )
 
-    def _keep_place(self, name: str) -> None:
-        """Keep the place of an empty list or dict among the children, should it be filled."""
-        fields = self.__dict__
-        fields.setdefault("_slots", {})[name] = None
-        if name not in fields["_modules"]:
-            dict.__setitem__(fields["_modules"], name, None)
-
-    def _adopt_containers(self) -> None:
-        """Register lists and dicts that were empty when assigned and hold modules now."""
-        fields = self.__dict__
-        for name in list(fields.get("_slots", ())):
-            value = fields.get(name)
-            if value is not None and not value:
-                continue
-            del fields["_slots"][name]
-            container = (
-                None if value is None else self._contain(value, f"{self._get_name()}.{name}")
-            )
-            if container is None:
-                dict.pop(fields["_modules"], name, None)
-            else:
-                self._register(name, container, fields["_modules"])
+    def _check_attributes(self) -> None:
+        """Refuse lists and dicts that were filled with parts after they were assigned."""
+        for name, value in self.__dict__.items():
+            if type(value) in (list, dict) and value:
+                items = value.values() if type(value) is dict else value
+                if any(isinstance(item, (Box, Module)) for item in items):
+                    kind = "ModuleList()" if type(value) is list else "ModuleDict()"
+                    raise TypeError(
+                        f"{self._where(name)}: modules or parameters were put into a plain "
+                        f"{type(value).__name__} after it had been assigned; they would be lost "
+                        f"from the model\n    fix: self.{name} = nn.{kind} before filling it"
+                    )
 
     def __getattr__(self, name: str) -> Any:
         fields = self.__dict__
-        for registry in ("_parameters", "_buffers", "_modules"):
+        for registry in ("_parameters", "_modules"):
             parts = fields.get(registry)
             if parts is not None and name in parts:
-                part = parts[name]
-                if type(part) is Buffer and part._is_empty:
-                    return part._read_optional()
-                return part
+                return parts[name]
+        for registry in ("_buffers", "_arrays"):
+            parts = fields.get(registry)
+            if parts is not None and name in parts:
+                return None if parts[name] is None else bind.read(parts[name])
         if hasattr(type(self), name):
             # A property raised AttributeError: let its own message through.
             return object.__getattribute__(self, name)
-        known = [key for key in dir(self) if not key.startswith("_")]
-        raise AttributeError(
-            f"{type(self).__name__!r} object has no attribute {name!r}." + did_you_mean(name, known)
-        )
+        raise _NoAttribute(self, name)
 
     def __delattr__(self, name: str) -> None:
-        for registry in (self._parameters, self._buffers, self._modules):
+        for registry in (self._parameters, self._buffers, self._modules, self._arrays):
             if name in registry:
                 del registry[name]
                 return
-        VERSION.static += 1
+        bind.refuse_static_change(
+            self.__dict__["_born"], _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
+        )
         object.__delattr__(self, name)
+        touch((self._links.me,))
 
     def __dir__(self) -> list[str]:
-        parts = (*self._parameters, *self._buffers, *self._modules)
+        parts = (*self._parameters, *self._buffers, *self._modules, *self._arrays)
         return sorted({*object.__dir__(self), *(p for p in parts if p.isidentifier())})
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         """Add a parameter, or declare that there is none (``None``)."""
-        _check_name(self, name, self._parameters)
+        self._check_name(name, self._parameters)
         if param is not None and not isinstance(param, Parameter):
             raise TypeError(
                 f"register_parameter({name!r}): expected nn.Parameter or None, got "
-                f"{type(param).__name__}; write nn.Parameter(value)"
+                f"{type(param).__name__}\n    fix: write nn.Parameter(value)"
             )
         self._register(name, param, self.__dict__["_parameters"])
 
@@ -321,14 +352,14 @@ class Module(PartsMixin, StateMixin):
             tensor: an array, an ``nn.Buffer``, or ``None``: a place that takes any array later.
             persistent: whether it is part of ``state_dict`` (default True).
         """
-        _check_name(self, name, self._buffers)
+        self._check_name(name, self._buffers)
         buffer = tensor if isinstance(tensor, Buffer) else Buffer(tensor)
         buffer.persistent = persistent
         self._register(name, buffer, self.__dict__["_buffers"])
 
     def add_module(self, name: str, module: Module | None) -> None:
         """Add a child module under ``name``."""
-        _check_name(self, name, self._modules)
+        self._check_name(name, self._modules)
         if module is not None and not isinstance(module, Module):
             raise TypeError(
                 f"add_module({name!r}): expected a module or None, got {type(module).__name__}"
@@ -336,6 +367,18 @@ class Module(PartsMixin, StateMixin):
         self._register(name, module, self.__dict__["_modules"])
 
     register_module = add_module
+
+    def _check_name(self, name: Any, registry: dict[str, Any]) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"a name is a str, got {type(name).__name__}")
+        if not name:
+            raise KeyError("a name can't be empty")
+        if "." in name:
+            raise KeyError(f"a name can't contain a dot, got {name!r}; dots separate levels")
+        parts = (self._parameters, self._buffers, self._modules, self._arrays)
+        taken = hasattr(type(self), name) or name in self.__dict__
+        if (taken or any(name in part for part in parts)) and name not in registry:
+            raise KeyError(f"{type(self).__name__} has an attribute {name!r} already")
 
     # Calling.
 
@@ -353,110 +396,88 @@ class Module(PartsMixin, StateMixin):
             def infer_shapes(self, x):
                 self.weight.shape = (x.shape[-1], self.units)
         """
-        names = [name for name, box in self._own_boxes() if box.is_unshaped and not box._is_free]
+        names = [name for name, box in own_boxes(self) if box.is_unshaped and not box.is_place]
         if names:
             raise DeferredError(
                 f"{path_of(self)}: the sizes of {', '.join(names)} are unknown and "
-                f"{type(self).__name__} does not say how to find them.\n"
-                f"    mend:  def infer_shapes(self, x):\n"
-                f"               self.{names[0]}.shape = (x.shape[-1], ...)"
+                f"{type(self).__name__} does not say how to find them\n"
+                f"    fix: def infer_shapes(self, x): self.{names[0]}.shape = (x.shape[-1], ...)"
             )
+
+    def has_uninitialized_params(self) -> bool:
+        """Tell whether some size of the module's own parameters or buffers is unknown."""
+        return any(box.is_unshaped and not box.is_place for _, box in own_boxes(self))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = STATE
         fields = self.__dict__
-        if bind.under_foreign_trace():
-            self._check_foreign_call()
-        if state.jit_level:
-            bind.note_module(self)
-        elif not state.frames and state.depth == 0:
-            compiled = fields.get("_compiled")
-            if compiled is not None:
-                return compiled(*args, **kwargs)
-        if "_slots" in fields:
-            self._adopt_containers()
+        if not state.depth:
+            state.entry = bind.trace_mark()
+            if not state.frames and "_compiled" in fields:
+                return fields["_compiled"](*args, **kwargs)
         state.depth += 1
+        if state.depth == _DEEP:
+            state.limit = sys.getrecursionlimit()
+            sys.setrecursionlimit(max(state.limit, _FRAMES))
         try:
-            if (
-                self._forward_pre_hooks
-                or self._forward_hooks
-                or self._backward_hooks
-                or (self._backward_pre_hooks)
-            ):
-                return self._call_with_hooks(args, kwargs)
+            for hook, with_kwargs in list(self._forward_pre_hooks.values()):
+                args, kwargs = _run_pre_hook(self, hook, with_kwargs, args, kwargs)
             if fields["_pending"]:
                 self._infer_own(args, kwargs)
-            return self.forward(*args, **kwargs)
+            if self._backward_hooks or self._backward_pre_hooks:
+                output = run_backward_hooks(
+                    self, list(self._backward_pre_hooks.values()),
+                    list(self._backward_hooks.values()), args,
+                    lambda *inputs: self.forward(*inputs, **kwargs),
+                )  # fmt: skip
+            else:
+                output = self.forward(*args, **kwargs)
+            for hook, with_kwargs, _ in list(self._forward_hooks.values()):
+                result = (
+                    hook(self, args, kwargs, output) if with_kwargs else hook(self, args, output)
+                )
+                output = output if result is None else result
+            return output
         except Exception as error:
-            raise _explained(error, self, args, kwargs) from error.__cause__
+            for hook, with_kwargs, always in list(self._forward_hooks.values()):
+                if always:
+                    hook(self, args, kwargs, None) if with_kwargs else hook(self, args, None)
+            explained = _explained(error, self, args, kwargs)
+            if explained is error:
+                raise
+            raise explained from error
         finally:
+            if state.depth == _DEEP:
+                sys.setrecursionlimit(state.limit)
             state.depth -= 1
 
-    def _check_foreign_call(self) -> None:
-        """Refuse calls whose parameters JAX would keep as constants in a program it runs again."""
-        outermost = STATE.depth == 0 and not STATE.frames
-        if (outermost or bind.called_by_jax(2)) and walk(self).entries:
-            message = _FOREIGN_CALL if outermost else _CALLED_BY_JAX
-            raise ForeignTransformError(message.format(cls=type(self).__name__))
-
     def _infer_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = STATE
+        state, fields = STATE, self.__dict__
         former, state.inferring = state.inferring, True
         cls, become = type(self), self.cls_to_become
         try:
+            bind.on_error(lambda: self._become(cls, True))
             self.infer_shapes(*args, **kwargs)
-            if state.frames:
-                state.frames[0].on_error.append(lambda: self._revert(cls))
-            self.__dict__["_pending"] = any(
-                box.is_unshaped and not box._is_free for _, box in self._own_boxes()
-            )
-            if become is not None and not self.__dict__["_pending"]:
-                object.__setattr__(self, "__class__", become)
-                VERSION.static += 1
+            pending = self.has_uninitialized_params()
+            self._become(become if become is not None and not pending else cls, pending)
         finally:
             state.inferring = former
 
-    def _revert(self, cls: type[Module]) -> None:
+    def _become(self, cls: type[Module], pending: bool) -> None:
         object.__setattr__(self, "__class__", cls)
-        self.__dict__["_pending"] = True
-        VERSION.static += 1
+        self.__dict__["_pending"] = pending
+        touch((self._links.me,))
 
-    def _call_with_hooks(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for hook, with_kwargs in list(self._forward_pre_hooks.values()):
-            if with_kwargs:
-                result = hook(self, args, kwargs)
-                if result is not None:
-                    args, kwargs = result
-            else:
-                result = hook(self, args)
-                if result is not None:
-                    args = result if isinstance(result, tuple) else (result,)
-        if self.__dict__["_pending"]:
-            self._infer_own(args, kwargs)
-        hooks = list(self._forward_hooks.values())
-        try:
-            if self._backward_hooks or self._backward_pre_hooks:
-                output = run_backward_hooks(
-                    self, args, lambda *inputs: self.forward(*inputs, **kwargs)
-                )
-            else:
-                output = self.forward(*args, **kwargs)
-        except Exception:
-            for hook, with_kwargs, always in hooks:
-                if always:
-                    hook(self, args, kwargs, None) if with_kwargs else hook(self, args, None)
-            raise
-        for hook, with_kwargs, _ in hooks:
-            result = hook(self, args, kwargs, output) if with_kwargs else hook(self, args, output)
-            if result is not None:
-                output = result
-        return output
+    def _add_hook(self, registry: str, hook: Any, prepend: bool = False) -> RemovableHandle:
+        hooks = self.__dict__.setdefault(registry, OrderedDict())
+        me = self._links.me
+        return add_hook(hooks, hook, lambda: touch((me,)), prepend)
 
     def register_forward_pre_hook(
         self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
     ) -> RemovableHandle:
         """Call ``hook(module, args)`` before ``forward``; it may return other arguments."""
-        return add_hook(self, "_forward_pre_hooks", (hook, with_kwargs), prepend)
+        return self._add_hook("_forward_pre_hooks", (hook, with_kwargs), prepend)
 
     def register_forward_hook(
         self,
@@ -467,24 +488,24 @@ class Module(PartsMixin, StateMixin):
         always_call: bool = False,
     ) -> RemovableHandle:
         """Call ``hook(module, args, output)`` after ``forward``; it may return another output."""
-        return add_hook(self, "_forward_hooks", (hook, with_kwargs, always_call), prepend)
+        return self._add_hook("_forward_hooks", (hook, with_kwargs, always_call), prepend)
 
     def register_full_backward_hook(
         self, hook: Callable[..., Any], prepend: bool = False
     ) -> RemovableHandle:
         """Call ``hook(module, grad_input, grad_output)`` when gradients pass through the module.
 
-        Both are tuples of arrays; the hook may return a replacement for ``grad_input``. It runs
-        under ``lamina.grad``, ``value_and_grad`` and ``backward``; inside a compiled function it
-        sees tracers, while tracing.
+        Both are tuples of arrays, ``None`` for inputs that no gradient is asked for; the hook may
+        return a replacement for ``grad_input``. It runs under ``lamina.grad``, ``value_and_grad``
+        and ``backward``; inside a compiled function it sees tracers, while tracing.
         """
-        return add_hook(self, "_backward_hooks", hook, prepend)
+        return self._add_hook("_backward_hooks", hook, prepend)
 
     def register_full_backward_pre_hook(
         self, hook: Callable[..., Any], prepend: bool = False
     ) -> RemovableHandle:
         """Call ``hook(module, grad_output)`` before gradients enter the module."""
-        return add_hook(self, "_backward_pre_hooks", hook, prepend)
+        return self._add_hook("_backward_pre_hooks", hook, prepend)
 
     # Showing.
 
@@ -496,75 +517,444 @@ class Module(PartsMixin, StateMixin):
         return ""
 
     def __repr__(self) -> str:
-        self._adopt_containers()
         extra = self.extra_repr()
         lines = extra.split("\n") if extra else []
-        slots = self.__dict__.get("_slots", ())
-        children = [(k, v) for k, v in self._modules.items() if k not in slots]
-        if len(lines) <= 1 and not children:
+        if len(lines) <= 1 and not self._modules:
             return f"{self._get_name()}({extra})"
-        for name, child in children:
+        for name, child in self._modules.items():
             lines.append(f"({name}): " + repr(child).replace("\n", "\n  "))
         return f"{self._get_name()}(\n  " + "\n  ".join(lines) + "\n)"
+
+    # Finding parts.
+
+    def named_modules(
+        self, memo: set[Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Module]]:
+        """Yield ``(dotted name, module)`` for this module and all below it."""
+        memo = set() if memo is None else memo
+        for name, module in walk(self).modules:
+            if remove_duplicate:
+                if module in memo:
+                    continue
+                memo.add(module)
+            yield _join(prefix, name), module
+
+    def modules(self) -> Iterator[Module]:
+        """Yield this module and all below it, each once."""
+        return iter(walk(self).paths)
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Yield ``(name, module)`` for the direct children, each once."""
+        self._check_attributes()
+        seen: set[int] = set()
+        for name, module in self._modules.items():
+            if module is not None and id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
+
+    def children(self) -> Iterator[Module]:
+        """Yield the direct children, each once."""
+        return (module for _, module in self.named_children())
+
+    def _named_boxes(self, kind: type, prefix: str, recurse: bool, once: bool) -> Iterator[Any]:
+        tree = walk(self)
+        for name, box in tree.entries:
+            if isinstance(box, kind) and (recurse or "." not in name):
+                if not once or tree.names[box] == name:
+                    yield _join(prefix, name), box
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Parameter]]:
+        """Yield ``(dotted name, parameter)``; a tied parameter once, under its first name."""
+        return self._named_boxes(Parameter, prefix, recurse, remove_duplicate)
+
+    def parameters(self, recurse: bool = True) -> Iterator[Parameter]:
+        """Yield all parameters, each once."""
+        return (parameter for _, parameter in self.named_parameters(recurse=recurse))
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Buffer]]:
+        """Yield ``(dotted name, buffer)``, each buffer once, without empty places."""
+        for name, buffer in self._named_boxes(Buffer, prefix, recurse, remove_duplicate):
+            if buffer.state != "empty":
+                yield name, buffer
+
+    def buffers(self, recurse: bool = True) -> Iterator[Buffer]:
+        """Yield all buffers, each once."""
+        return (buffer for _, buffer in self.named_buffers(recurse=recurse))
+
+    def ties(self) -> dict[str, str]:
+        """Return ``{further name: canonical name}`` of every tied parameter and buffer.
+
+        Example:
+            >>> from lamina import nn
+            >>> net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            >>> net[1].weight = net[0].weight
+            >>> net.ties()
+            {'1.weight': '0.weight'}
+        """
+        return dict(walk(self).aliases)
+
+    def get_submodule(self, target: str) -> Module:
+        """Return the module at a dotted path; raises ``AttributeError`` if there is none."""
+        module: Any = self
+        for part in target.split(".") if target else ():
+            module = module._modules.get(part)
+            if module is None:
+                names = [name for name, _ in walk(self).modules]
+                raise AttributeError(
+                    f"{type(self).__name__} has no submodule {target!r}."
+                    + did_you_mean(target, names)
+                )
+        return module
+
+    def set_submodule(self, target: str, module: Module, strict: bool = False) -> None:
+        """Put ``module`` at a dotted path; with ``strict`` only if a module is there already."""
+        if not target:
+            raise ValueError("set_submodule needs a path, got ''")
+        if not isinstance(module, Module):
+            raise TypeError(
+                f"set_submodule({target!r}): expected a module, got {type(module).__name__}"
+            )
+        above, _, name = target.rpartition(".")
+        parent = self.get_submodule(above)
+        if strict and name not in parent._modules:
+            raise AttributeError(f"{type(self).__name__} has no submodule {target!r}")
+        parent._register(name, module, parent.__dict__["_modules"])
+
+    def get_parameter(self, target: str) -> Parameter:
+        """Return the parameter at a dotted path; raises ``AttributeError`` if there is none."""
+        return self._get_box(target, "_parameters", "parameter")
+
+    def get_buffer(self, target: str) -> Buffer:
+        """Return the buffer (the box) at a dotted path; raises ``AttributeError`` if there is
+        none.
+        """
+        return self._get_box(target, "_buffers", "buffer")
+
+    def _get_box(self, target: str, registry: str, kind: str) -> Any:
+        above, _, name = target.rpartition(".")
+        box = self.get_submodule(above).__dict__[registry].get(name)
+        if box is None:
+            names = [path for path, _ in walk(self).entries]
+            raise AttributeError(
+                f"{type(self).__name__} has no {kind} {target!r}." + did_you_mean(target, names)
+            )
+        return box
+
+    # Changing all parts, each through its own method.
+
+    def apply(self, fn: Callable[[Any], Any]) -> Self:
+        """Call ``fn`` on every module below, children first, then on this one."""
+        for child in self.children():
+            child.apply(fn)
+        fn(self)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode (dropout drops, batch norm updates its statistics)."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"train(mode): expected a bool, got {mode!r}")
+        self.training = mode
+        for child in self.children():
+            child.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Set evaluation mode; the same as ``train(False)``."""
+        return self.train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze (``False``) or unfreeze all parameters, known shapes or not."""
+        for child in self.children():
+            child.requires_grad_(requires_grad)
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad = requires_grad
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters and buffers anew from their recipes, under the seed in force.
+
+        The same seed gives the same values; ``lamina.manual_seed`` changes it.
+        """
+        for child in self.children():
+            child.reset_parameters()
+        for _, box in own_boxes(self):
+            if box.init is not None:
+                box.initialize()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, or set them to zero."""
+        for parameter in self.parameters():
+            grad = parameter.grad
+            if grad is not None:
+                parameter.grad = None if set_to_none else jnp.zeros_like(grad)
+
+    def to(self, *targets: Any, dtype: Any = None, device: Any = None) -> Self:
+        """Change dtype, device or sharding of all parameters and buffers, in place.
+
+        Args:
+            *targets: a dtype, a device, a platform name (``"cpu"``), a
+                ``jax.sharding.Sharding``, or an array to be like; in any order.
+            dtype: floating dtype for floating-point values; integers keep theirs.
+            device: device, platform name or sharding.
+
+        What has no value yet gets it with the new dtype, at the new place.
+        """
+        dtype, device = parse_targets(targets, dtype, device)
+        if dtype is not None and not is_inexact(dtype):
+            raise TypeError(f"to(dtype): expected a floating or complex dtype, got {dtype}")
+        for child in self.children():
+            child.to(dtype=dtype, device=device)
+        for _, box in own_boxes(self):
+            if dtype is not None and is_inexact(box.declared_dtype):
+                box.cast(dtype)
+            if device is not None and box.state != "empty":
+                box.sharding = as_sharding(device)
+        return self
+
+    def type(self, dst_type: Any) -> Self:
+        """Cast all parameters and buffers to a dtype."""
+        for box in walk(self).names:
+            box.cast(dst_type)
+        return self
+
+    def float(self) -> Self:
+        """Cast all floating-point values to float32."""
+        return self.to(jnp.float32)
+
+    def double(self) -> Self:
+        """Cast all floating-point values to float64 (float32 unless JAX's x64 is enabled)."""
+        return self.to(np.float64)
+
+    def half(self) -> Self:
+        """Cast all floating-point values to float16."""
+        return self.to(jnp.float16)
+
+    def bfloat16(self) -> Self:
+        """Cast all floating-point values to bfloat16."""
+        return self.to(jnp.bfloat16)
+
+    def cpu(self) -> Self:
+        """Move all values to the CPU."""
+        return self.to("cpu")
+
+    def to_empty(self, *, device: Any = None, recurse: bool = True) -> Self:
+        """Give every parameter and buffer its value, at ``device`` if one is given.
+
+        PyTorch leaves garbage in the memory; here values come from their recipes.
+        """
+        for box in walk(self).names if recurse else [box for _, box in own_boxes(self)]:
+            if device is not None and box.state != "empty":
+                box.sharding = as_sharding(device)
+            bind.read(box)
+        return self
+
+    def _apply(self, fn: Callable[[jax.Array], Any], recurse: bool = True) -> Self:
+        """Replace every value by ``fn(value)``; used by third-party code."""
+        for box in walk(self).names if recurse else [box for _, box in own_boxes(self)]:
+            if box.state != "empty":
+                box.replace(jnp.asarray(fn(box.data)))
+        return self
+
+    # State dicts.
+
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> StateDict:
+        """Return all parameters and persistent buffers by name: a snapshot.
+
+        Args:
+            destination: a dict to fill (default: a new one).
+            prefix: put before every name.
+            keep_vars: return the boxes themselves instead of their values (default False).
+
+        Returns:
+            An ordered dict ``{name: jax.Array}`` with PyTorch's names and order. Later training
+            changes none of its arrays. A tied value appears under each of its names.
+
+        Raises:
+            DeferredError: if shapes are still unknown; all such names are listed.
+
+        Example:
+            >>> from lamina import nn
+            >>> list(nn.Linear(2, 3).state_dict())
+            ['weight', 'bias']
+        """
+        return save_state_dict(self, destination, prefix, keep_vars)
+
+    def load_state_dict(
+        self, state_dict: Any, strict: bool = True, assign: bool = False, *, cast: bool = False
+    ) -> Any:
+        """Take values from a state dict: all of them, or, if anything is wrong, none.
+
+        Args:
+            state_dict: ``{name: array}``; JAX, NumPy or anything with ``__array__``.
+            strict: names must match exactly (default True). A tied value may come under any of
+                its names.
+            assign: take over each array's dtype instead of insisting on the parameter's.
+            cast: convert each array to the parameter's dtype.
+
+        Returns:
+            The missing and unexpected names; both empty if ``strict``.
+
+        Raises:
+            LoadError: listing every missing, unexpected, mis-shaped and mis-typed name at once,
+                or that nothing matched at all. The model is then unchanged.
+
+        Example:
+            >>> from lamina import nn
+            >>> a, b = nn.Linear(2, 3), nn.Linear(2, 3)
+            >>> b.load_state_dict(a.state_dict())
+            <All keys matched successfully>
+        """
+        return load_state_dict(self, state_dict, strict, assign, cast)
+
+    _save_to_state_dict = save_own
+    _load_from_state_dict = load_own
+
+    def get_extra_state(self) -> Any:
+        """Return further state to be put into the state dict; override together with
+        :meth:`set_extra_state`.
+        """
+        raise AttributeError(f"{type(self).__name__} has no extra state")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take back what :meth:`get_extra_state` returned."""
+        raise AttributeError(
+            f"{type(self).__name__} got extra state from the state dict\n"
+            f"    fix: define set_extra_state(self, state)"
+        )
+
+    def __lamina_tensors__(self) -> Any:
+        return self.state_dict().__lamina_tensors__()
+
+    def register_state_dict_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, prefix, keep_vars)`` before ``state_dict`` collects."""
+        return self._add_hook("_state_dict_pre_hooks", hook)
+
+    def register_state_dict_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, state_dict, prefix, local_metadata)`` on the collected dict."""
+        return self._add_hook("_state_dict_hooks", hook)
+
+    _register_state_dict_hook = register_state_dict_post_hook
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, state_dict, prefix, local_metadata, strict, missing_keys,
+        unexpected_keys, error_msgs)`` before the module takes its values; it may edit the dict.
+        """
+        return self._add_hook("_load_pre_hooks", hook)
+
+    def _register_load_state_dict_pre_hook(
+        self, hook: Callable[..., Any], with_module: bool = False
+    ) -> RemovableHandle:
+        call = hook if with_module else (lambda module, *args: hook(*args))
+        return self._add_hook("_load_pre_hooks", call)
+
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, incompatible_keys)`` after all values are taken; it may edit the
+        two lists.
+        """
+        return self._add_hook("_load_hooks", hook)
 
     # Copying.
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in _LINKS}
+        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
         for registry in ("_parameters", "_buffers", "_modules"):
             state[registry] = dict(state[registry])
+        state["_arrays"] = {k: bind.read(cell) for k, cell in self._arrays.items()}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        parts = {k: state[k] for k in ("_parameters", "_buffers", "_modules")}
-        self.__dict__.update({k: v for k, v in state.items() if k not in parts})
-        for registry, content in parts.items():
-            for name, part in content.items():
-                dict.__setitem__(self.__dict__[registry], name, part)
-                if part is not None:
-                    self._link(part)
-        VERSION.tree += 1
-        VERSION.static += 1
+        for name, content in state.items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                for key, part in content.items():
+                    dict.__setitem__(self.__dict__[name], key, part)
+                    if part is not None:
+                        _link(part, self._links.me)
+            elif name == "_arrays":
+                for key, value in content.items():
+                    dict.__setitem__(self.__dict__[name], key, ArrayAttribute(value, key))
+            else:
+                self.__dict__[name] = content
+        touch((self._links.me,), structure=True)
 
-    def _link(self, part: Box | Module) -> None:
-        """Note that a part belongs to this module, among others if it is shared."""
-        me = self.__dict__["_self"]
-        if isinstance(part, Box):
-            if me not in part._owners:
-                part._owners = (*(ref for ref in part._owners if ref() is not None), me)
-        elif me not in part.__dict__["_parents"]:
-            parents = part.__dict__["_parents"]
-            part.__dict__["_parents"] = (*(ref for ref in parents if ref() is not None), me)
+    def clone(self) -> Self:
+        """Return a copy that draws its own initial values; ``copy.deepcopy`` keeps the values.
 
-    # What compiled functions need.
-
-    def _state_boxes(self) -> list[Box]:
-        return walk(self).boxes
-
-    def _state_fingerprint(self) -> Any:
-        return fingerprint(self)
+        Parameters that have a value and a recipe become abstract again in the clone.
+        """
+        twin = copy.deepcopy(self)
+        for box in walk(twin).names:
+            box.forget()
+        twin.__dict__["_origin"] = BIRTHS.take()
+        return twin
 
 
-_MISSING = object()
-_LINKS = frozenset({"_parents", "_self", "_tree", "_fingerprint", "_born", "_compiled"})
-_SIMPLE = (int, float, str, bytes, bool, type(None))
+_NOT_COPIED = frozenset({"_links", "_tree", "_born", "_compiled", "_origin"})
+_DEEP, _FRAMES = 100, 20_000
+"""From this depth of nested calls on, Python's recursion limit is raised to this many frames."""
 
 
-def _check_name(module: Module, name: Any, registry: dict[str, Any]) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"a name is a str, got {type(name).__name__}")
-    if not name:
-        raise KeyError("a name can't be empty")
-    if "." in name:
-        raise KeyError(f"a name can't contain a dot, got {name!r}; dots separate levels")
-    parts = (module._parameters, module._buffers, module._modules)
-    taken = hasattr(type(module), name) or name in module.__dict__
-    if (taken or any(name in part for part in parts)) and name not in registry:
-        raise KeyError(f"{type(module).__name__} has an attribute {name!r} already")
+class _NoAttribute(AttributeError):
+    """Computes what may have been meant only when it is shown: ``hasattr`` should cost nothing."""
+
+    def __init__(self, module: Module, name: str) -> None:
+        super().__init__(name=name, obj=None)  # else Python adds a guess of its own
+        self.module = module
+
+    def __str__(self) -> str:
+        kind, name = type(self.module).__name__, str(self.name)
+        if name in _REPLACED:
+            return f"a module has no {name}\n    fix: {_REPLACED[name]}"
+        known = [key for key in dir(self.module) if not key.startswith("_")]
+        return f"{kind!r} object has no attribute {name!r}." + did_you_mean(name, known)
+
+    def __reduce__(self) -> Any:
+        return AttributeError, (str(self),)
+
+
+def _plain_array(value: Any) -> Any:
+    """Keep JAX and NumPy arrays as they are; take a copy of those of other libraries."""
+    if value is None or isinstance(value, (jax.Array, np.ndarray)):
+        return value
+    return jnp.asarray(np.array(value))
+
+
+def _link(part: Any, me: Any) -> None:
+    """Note that a part belongs to a module, among others if it is shared."""
+    if isinstance(part, Box) and me not in part.owners:
+        part.owners = (*(ref for ref in part.owners if ref() is not None), me)
+    elif isinstance(part, Module) and me not in part._links.parents:
+        parents = part._links.parents
+        part._links.parents = (*(ref for ref in parents if ref() is not None), me)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def _run_pre_hook(module: Module, hook: Any, with_kwargs: bool, args: Any, kwargs: Any) -> Any:
+    result = hook(module, args, kwargs) if with_kwargs else hook(module, args)
+    if result is None:
+        return args, kwargs
+    if with_kwargs:
+        return result
+    return (result if isinstance(result, tuple) else (result,)), kwargs
 
 
 def _explained(error: Exception, module: Module, args: Any, kwargs: Any) -> Exception:
     """Add to an error raised in ``forward`` where it happened and what the module received."""
+    traceback = error.__traceback__
+    if traceback is not None and STATE.depth == 1:
+        while (inner := traceback.tb_next) is not None:  # the lines shown are the user's
+            if inner.tb_frame.f_code in _OWN_FRAMES and inner.tb_next is not None:
+                traceback.tb_next = inner.tb_next
+            else:
+                traceback = inner
     if getattr(error, "_lamina_path", None) is not None:
         return error
     path = path_of(module)
@@ -573,20 +963,27 @@ def _explained(error: Exception, module: Module, args: Any, kwargs: Any) -> Exce
     )
     text = repr(module)
     if "\n" in text:
-        text = f"{module._get_name()}(...)"
+        text = f"{type(module).__name__}(...)"
     where = f"in module {path!r}: {text}, called with ({shapes})"
+    explained = error
     if isinstance(error, _DATA_DEPENDENT):
-        explained: Exception = DataDependentError(_NOT_WHILE_TRACING.format(where=where))
-        explained.__cause__ = error
+        explained = DataDependentError(_NOT_WHILE_TRACING.format(where=where))
+        explained.__traceback__ = error.__traceback__
+    elif isinstance(error, jax.errors.UnexpectedTracerError):
+        explained = ForeignTransformError(_TRACER_KEPT.format(where=where))
+        explained.__traceback__ = error.__traceback__
     else:
-        explained = error
-        explained.add_note(where)
+        if isinstance(error, TypeError) and "Parameter" in str(error) and "lax" in str(error):
+            error.add_note(_BOX_IN_LAX)
+        error.add_note(where)
     try:
         explained._lamina_path = path  # type: ignore[attr-defined]
     except AttributeError:
         pass
     return explained
 
+
+_OWN_FRAMES = {Module.__call__.__code__}
 
 _DATA_DEPENDENT = (
     jax.errors.ConcretizationTypeError,
@@ -605,22 +1002,34 @@ def _shape_of(value: Any) -> str:
     return text if len(text) <= 40 else type(value).__name__
 
 
+_REPLACED = {
+    "cuda": "net.to('gpu'); without a GPU everything is on the CPU already",
+    "share_memory": "arrays never change; pass net.state_dict() to another process",
+    "register_backward_hook": "net.register_full_backward_hook(hook)",
+}
+
 _NOT_WHILE_TRACING = """{where}:
 its Python control flow (if, while, int(), bool(), a boolean index) depends on a value that is not \
 known while tracing.
-    mend:  run it uncompiled: call the module outside of lamina.jit
-    or:    if cond: a() else b()  ->  jax.lax.cond(cond, a, b)  or  jnp.where(cond, a, b)
-    or:    while cond: body()     ->  jax.lax.while_loop(cond, body, state)
-    or:    for over a known number of steps that reads or writes state  ->  lamina.scan"""
+    or:  if cond: a() else b()  ->  jax.lax.cond(cond, a, b)  or  jnp.where(cond, a, b)
+    or:  while cond: body()     ->  jax.lax.while_loop(cond, body, state)
+    or:  for over a known number of steps that reads or writes state  ->  lamina.scan
+    or:  a size kept in an array attribute  ->  keep it as an int or a tuple of ints
+    fix: call the module outside of lamina.jit, or write the control flow as above"""
 
-_FOREIGN_CALL = """{cls} was called under a plain JAX transform that records a program (jax.jit, \
-jax.lax.scan, jax.eval_shape ...): its parameters would be frozen into it as constants.
-    wrong:  jax.jit(net)(x)
-    right:  lamina.jit(net)(x)           (also lamina.scan, lamina.remat, lamina.infer)
-    or:     jax.jit(lambda params, x: lamina.functional_call(net, params, x))"""
+_TRACER_KEPT = """{where}:
+it uses an array that was kept (by a hook, in a list) from a transform that has ended, and exists \
+only there.
+    fix: return the array from the transformed function (has_aux=True), or keep it in a buffer"""
 
-_CALLED_BY_JAX = """{cls} was itself given to a JAX transform as the function to record. JAX keeps \
-the program it records by the identity of the function, so later calls would use old parameters.
-    wrong:  jax.lax.scan(self.cell, h, xs)              jax.checkpoint(self.block)(x)
-    right:  jax.lax.scan(lambda h, x: self.cell(h, x), h, xs)
-    or:     lamina.scan(self.cell, h, xs)               lamina.remat(self.block)(x)"""
+_BOX_IN_LAX = """jax.lax functions take arrays only
+    fix: pass the parameter's value: p.data"""
+
+_PLAIN_ATTRIBUTE = """{cls}.{name} is a plain Python attribute and is changed inside a compiled \
+function: the change would happen once, while tracing, and then be lost.
+    fix: keep changing state in a buffer, self.{name} = nn.Buffer(jnp.asarray(0)), or change it \
+outside of the compiled function"""
+
+_STRUCTURE = """{cls}.{name} is added, replaced or removed inside a compiled function: the change \
+would happen once, while tracing, and be lost.
+    fix: change the structure of a model outside of the compiled function"""

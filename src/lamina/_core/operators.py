@@ -12,14 +12,12 @@ __all__ = ["Operators"]
 
 
 class Operators:
-    """The operators of a class with ``_read`` and ``_write``."""
+    """The operators of a class whose ``data`` can be read and written."""
 
     __slots__ = ()
 
     if TYPE_CHECKING:  # defined below, all in the same way
-
-        def _read(self) -> jax.Array: ...
-        def _write(self, value: Any) -> None: ...
+        data: Any
 
         def __add__(self, other: Any) -> jax.Array: ...
         def __sub__(self, other: Any) -> jax.Array: ...
@@ -45,26 +43,24 @@ class Operators:
 
 def _binary(function: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
     def forward(self: Any, other: Any) -> Any:
-        return function(self._read(), other._read() if isinstance(other, Operators) else other)
+        return function(self.data, other.data if isinstance(other, Operators) else other)
 
     def backward(self: Any, other: Any) -> Any:
-        return function(other, self._read())
+        return function(other, self.data)
 
     return forward, backward
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Any:
     def update(self: Any, other: Any) -> Any:
-        self._write(
-            function(self._read(), other._read() if isinstance(other, Operators) else other)
-        )
+        self.data = function(self.data, other.data if isinstance(other, Operators) else other)
         return self
 
     return update
 
 
 def _unary(function: Callable[[Any], Any]) -> Any:
-    return lambda self: function(self._read())
+    return lambda self: function(self.data)
 
 
 for _name in (

@@ -1,4 +1,4 @@
-"""Randomness: one default generator for dropout and its like, and the seeds of initial values.
+"""Randomness: streams of keys for dropout and its like, and the numbers of models under a seed.
 
 Initial values depend on the seed, the number of the model under that seed, and the parameter's
 name. A model is numbered when its first box is registered, so two models built under one seed
@@ -16,41 +16,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import bind
-from .bind import STATE, VERSION
-from .parameter import Box, Buffer
+from .bind import STATE, Cell
+from .draw import seed_key
 
-__all__ = ["DEFAULT", "Births", "Generator", "manual_seed", "next_key", "rng"]
+__all__ = ["BIRTHS", "DEFAULT", "Births", "Generator", "manual_seed", "next_key", "rng"]
 
 Seed = tuple[int, int]
 
 
-class _Words(Buffer):
-    """A box of 32-bit words whose first array is made when it is read: importing lamina and
-    seeding start no JAX backend, so that ``jax.distributed`` can be set up afterwards.
+class _Stream(Cell):
+    """Three 32-bit words: a seed's two, and the number of keys drawn.
+
+    Outside of traces they are NumPy's: importing and seeding start no JAX backend, and any device
+    or mesh can take them. Inside, draws are counted as they are traced and the count is added when
+    the transform has ended, so that no program has to hand a counter back.
     """
 
-    __slots__ = ("words",)
+    __slots__ = ()
+    is_fixed = True
 
-    def __init__(self, words: Any) -> None:
-        super().__init__(shape=np.shape(words), dtype=np.uint32)
-        self.words = words
+    def describe(self) -> str:
+        return "the random state"
 
-    def reset(self, words: Any) -> None:
-        """Begin with other words."""
-        if STATE.frames or isinstance(words, jax.Array):
-            self._write(jnp.asarray(words))
-            return
-        self.words, self._value = words, None
-        VERSION.static += 1
-
-    def _make_value(self) -> None:
-        with jax.ensure_compile_time_eval():
-            bind.settle(self, jnp.asarray(self.words))
-
-    def host_words(self) -> Any:
-        """Return what stands in the box outside of all frames, without making an array."""
-        value = bind.settled_value(self)
-        return self.words if value is None else value
+    def advance(self, count: int) -> None:
+        """Count draws that were made by a program."""
+        words = np.array(bind.read(self))
+        words[2] += np.uint32(count)
+        bind.write(self, words)
 
 
 class Generator:
@@ -70,13 +62,16 @@ class Generator:
     """
 
     def __init__(self, seed: Any = 0) -> None:
-        self._seed = _Words(_seed_words(seed))
-        self._offset = _Words(np.uint32(0))
+        self.stream = bind.outlive(_Stream(_words(seed, 0)))
 
     def manual_seed(self, seed: Any) -> Generator:
         """Start the stream anew from ``seed``, an int of up to 64 bits; returns the generator."""
-        self._seed.reset(_seed_words(seed))
-        self._offset.reset(np.uint32(0))
+        return self._restart(seed, 0)
+
+    def _restart(self, seed: Any, offset: Any) -> Generator:
+        # What was drawn in open traces is counted in the end: not on top of the new start.
+        drawn = sum(frame.draws.get(self.stream, 0) for frame in STATE.frames)
+        bind.write(self.stream, _words(seed, offset - np.uint32(drawn) if drawn else offset))
         return self
 
     def next_key(self) -> jax.Array:
@@ -84,45 +79,124 @@ class Generator:
 
         Inside :func:`lamina.vmap` each lane gets its own key.
         """
-        key, offset = _advance(self._seed._read(), self._offset._read())
-        bind.store(self._offset, offset)
-        for frame in STATE.frames:
-            if frame.lane is not None:
-                key = jax.random.fold_in(key, frame.lane)
+        words = bind.read(self.stream)
+        if not STATE.frames:
+            self.stream.advance(1)
+            return _key(words, np.uint32(0))
+        count, lanes = bind.draws_before(self.stream)
+        key = _key(words, jnp.asarray(count, jnp.uint32))
+        for lane in lanes:
+            key = jax.random.fold_in(key, lane)
         return key
 
     def get_state(self) -> dict[str, jax.Array]:
         """Return the state as a dict of two arrays, ready to be saved."""
-        return {"seed": self._seed.data, "offset": self._offset.data}
+        words = jnp.asarray(bind.read(self.stream))
+        drawn = sum(frame.draws.get(self.stream, 0) for frame in STATE.frames)
+        return {"seed": words[:2], "offset": words[2] + np.uint32(drawn)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from a state that :meth:`get_state` returned."""
-        self._seed._write(jnp.asarray(state["seed"], jnp.uint32))
-        self._offset._write(jnp.asarray(state["offset"], jnp.uint32))
+        seed = np.asarray(state["seed"]) if not bind.is_tracer(state["seed"]) else state["seed"]
+        self._restart(seed, state["offset"])
+
+    def __getstate__(self) -> Any:
+        return np.array(bind.read(self.stream))
+
+    def __setstate__(self, words: Any) -> None:
+        self.stream = bind.outlive(_Stream(words))
+
+    def __deepcopy__(self, memo: Any) -> Generator:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = self.get_state()
+        twin.stream = _Stream(_words(state["seed"], state["offset"]))
+        return twin
+
+    def __lamina_reach__(self) -> tuple[Any, list[Cell], list[Any]]:
+        """Tell compiled functions what they may touch: no static facts, one cell, no parts."""
+        return (), [self.stream], []
 
 
 @jax.jit
-def _advance(seed: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jax.random.fold_in(seed_key(seed[0], seed[1]), offset), offset + jnp.uint32(1)
+def _key(words: jax.Array, drawn: Any) -> jax.Array:
+    return jax.random.fold_in(seed_key(words[0], words[1]), words[2] + drawn)
 
 
-def seed_key(low: Any, high: Any) -> jax.Array:
-    """Return the root key of a 64-bit seed given as two 32-bit words."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), low), high)
+def _words(seed: Any, offset: Any) -> Any:
+    """Return a seed (an int, a key, or its words) and an offset as three words."""
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        seed = jax.random.key_data(seed)
+    if hasattr(seed, "ndim") and seed.ndim:
+        parts = [seed.astype(np.uint32).ravel()[0], seed.astype(np.uint32).ravel()[-1], offset]
+    elif hasattr(seed, "ndim") and bind.is_tracer(seed):
+        parts = [seed, 0, offset]
+    else:
+        number = int(seed) & (2**64 - 1)
+        parts = [number & 0xFFFFFFFF, number >> 32, offset]
+    if any(map(bind.is_tracer, parts)):
+        return jnp.stack([jnp.asarray(part).astype(jnp.uint32) for part in parts])
+    return np.array([int(part) & 0xFFFFFFFF for part in parts], np.uint32)
 
 
-def _seed_words(seed: Any) -> Any:
-    if isinstance(seed, jax.Array) and (
-        seed.ndim or jnp.issubdtype(seed.dtype, jax.dtypes.prng_key)
-    ):
-        words = jax.random.key_data(seed).astype(jnp.uint32).ravel()
-        return jnp.stack([words[0], words[-1]])
-    if isinstance(seed, jax.Array):
-        return jnp.stack([seed.astype(jnp.uint32), jnp.zeros((), jnp.uint32)])
-    seed = int(seed) & (2**64 - 1)
-    return np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32)
+class Births:
+    """Numbers models under a seed: 0, 1, 2 ... in the order in which they are built.
+
+    A part that is put into a larger model gives its number up, so that only whole models count.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.free: set[int] = set()
+        self._seed: Seed = (0, 0)
+
+    def restart(self) -> None:
+        """Begin at 0 again."""
+        self.number = 0
+        self.free = set()
+
+    def set_aside(self) -> Any:
+        """Begin at 0 for a while; returns what :meth:`resume` goes on from."""
+        kept = (self.number, self.free, self._seed)
+        self.restart()
+        return kept
+
+    def resume(self, kept: Any) -> None:
+        """Go on from where :meth:`set_aside` left off."""
+        self.number, self.free, self._seed = kept
+
+    def mark(self) -> Any:
+        """Return where the numbering stands, for :meth:`resume` after a trial run."""
+        return self.number, set(self.free), self._seed
+
+    def seed(self) -> Seed:
+        """Return the seed in force as two 32-bit words."""
+        words = bind.settled_value(DEFAULT.stream)
+        seed = (int(words[0]), int(words[1]))
+        if seed != self._seed:
+            self.restart()
+            self._seed = seed
+        return self._seed
+
+    def take(self) -> tuple[Seed, int]:
+        """Return the origin of a new model."""
+        seed = self.seed()
+        number = self.number
+        self.number += 1
+        return seed, number
+
+    def give_back(self, origin: tuple[Seed, int]) -> None:
+        """Free the number of a part that has become a piece of a larger model."""
+        seed, number = origin
+        if seed != self._seed or number >= self.number:
+            return
+        self.free.add(number)
+        while self.number - 1 in self.free:
+            self.number -= 1
+            self.free.discard(self.number)
 
 
+BIRTHS = Births()
 DEFAULT = Generator(0)
 
 
@@ -179,99 +253,23 @@ def rng(seed: Any) -> Iterator[Generator]:
         >>> bool((a == b).all())
         True
     """
-    boxes = (DEFAULT._seed, DEFAULT._offset)
-    words, start = jnp.asarray(_seed_words(seed)), jnp.zeros((), jnp.uint32)
-    if not STATE.frames and not bind.is_tracer(words) and not bind.under_foreign_trace():
-        former = [box._read() for box in boxes]
+    stream, words = DEFAULT.stream, _words(seed, 0)
+    if not STATE.frames and not bind.is_tracer(words) and not bind.under_foreign():
+        former = bind.read(stream)
         births = BIRTHS.set_aside()
-        for box, value in zip(boxes, (words, start), strict=True):
-            box._write(value)
+        bind.write(stream, words)
         try:
             yield DEFAULT
         finally:
-            for box, value in zip(boxes, former, strict=True):
-                box._write(value)
+            bind.write(stream, former)
             BIRTHS.resume(births)
         return
     with bind.Frame("rng") as frame:
-        frame.bind(boxes, (words, start))
+        frame.bind([stream], [words])
         yield DEFAULT
-        written = [box for box in frame.written if box not in set(boxes)]
-        values = [box._value for box in written]
-    for box, value in zip(written, values, strict=True):
-        bind.store(box, value)
-
-
-class Births:
-    """Numbers models under a seed: 0, 1, 2 ... in the order in which they are built.
-
-    A part that is put into a larger model gives its number up, so that only whole models count.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.free: set[int] = set()
-        self._words: Any = None
-        self._seed: Seed = (0, 0)
-
-    def restart(self) -> None:
-        """Begin at 0 again."""
-        self.number = 0
-        self.free.clear()
-
-    def set_aside(self) -> Any:
-        """Begin at 0 for a while; returns what :meth:`resume` goes on from."""
-        kept = (self.number, self.free, self._seed)
-        self.number, self.free, self._words = 0, set(), None
-        return kept
-
-    def resume(self, kept: Any) -> None:
-        """Go on from where :meth:`set_aside` left off."""
-        self.number, self.free, self._seed = kept
-        self._words = None
-
-    def seed(self) -> Seed:
-        """Return the seed in force as two 32-bit words."""
-        words = DEFAULT._seed.host_words()
-        if words is not self._words:
-            low, high = (int(word) for word in np.array(words))
-            if (low, high) != self._seed:
-                self.restart()
-            self._words, self._seed = words, (low, high)
-        return self._seed
-
-    def take(self) -> tuple[Seed, int]:
-        """Return the origin of a new model."""
-        seed = self.seed()
-        number = self.number
-        self.number += 1
-        return seed, number
-
-    def give_back(self, origin: tuple[Seed, int]) -> None:
-        """Free the number of a part that has become a piece of a larger model."""
-        seed, number = origin
-        if seed != self._seed or number >= self.number:
-            return
-        self.free.add(number)
-        while self.number - 1 in self.free:
-            self.number -= 1
-            self.free.discard(self.number)
-
-
-BIRTHS = Births()
-
-
-def is_key(seed: Any) -> bool:
-    """Tell whether a recorded seed is a JAX PRNG key rather than two words."""
-    return not isinstance(seed, tuple)
-
-
-def origin_of(box: Box, root: Any) -> tuple[Any, int]:
-    """Return the seed and the model number from which a box's value is drawn."""
-    holder = box.__dict__ if root is None else root.__dict__
-    origin = holder.get("_origin")
-    if origin is None:
-        origin = holder["_origin"] = BIRTHS.take()
-    if box._seed is None:
-        return origin
-    return box._seed, 0 if is_key(box._seed) else origin[1]
+        written = [cell for cell in frame.written if cell is not stream]
+        values = frame.collect(written)
+    for cell, value in zip(written, values, strict=True):
+        bind.write(cell, value)
+    frame.draws.pop(stream, None)
+    bind.note_draws(frame.draws)

@@ -11,7 +11,16 @@ import numpy as np
 
 from .errors import ShapeError
 
-__all__ = ["Shape", "as_sharding", "canonical", "check_shape", "weakest"]
+__all__ = [
+    "Shape",
+    "as_sharding",
+    "canonical",
+    "check_shape",
+    "fits",
+    "is_floating",
+    "is_inexact",
+    "weakest",
+]
 
 Shape = tuple[int | None, ...]
 
@@ -32,6 +41,29 @@ def check_shape(shape: Any) -> Shape:
                 raise ShapeError(f"a shape has no negative sizes, got {dims}")
         result.append(dim)
     return tuple(result)
+
+
+def fits(known: Shape | None, shape: Any) -> bool:
+    """Tell whether a shape agrees with what is known of another; ``None`` is unknown.
+
+    Example:
+        >>> fits((3, None), (3, 5)), fits((3, None), (2, 5)), fits(None, (2, 5))
+        (True, False, True)
+    """
+    return known is None or (
+        len(known) == len(shape)
+        and all(None in pair or pair[0] == pair[1] for pair in zip(known, shape, strict=True))
+    )
+
+
+def is_inexact(dtype: Any) -> bool:
+    """Tell whether a dtype is floating or complex."""
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def is_floating(dtype: Any) -> bool:
+    """Tell whether a dtype is floating, of any width."""
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def as_sharding(place: Any) -> Any:

@@ -6,105 +6,187 @@ come before the buffers. A box reached by several names is one box: the first na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
-import jax
-import numpy as np
-
-from .bind import VERSION
+from .bind import Cell
 from .errors import LaminaError
 
-if TYPE_CHECKING:
-    from .module import Module
-    from .parameter import Box
+__all__ = [
+    "Links",
+    "Tree",
+    "cells_of",
+    "describe",
+    "identify",
+    "own_boxes",
+    "path_of",
+    "revision_of",
+    "root_of",
+    "touch",
+    "walk",
+]
 
-__all__ = ["Tree", "describe", "fingerprint", "identify", "root_of", "walk"]
+
+class Links:
+    """What the walker keeps of a module.
+
+    Attributes:
+        me: a weak reference to the module.
+        parents: weak references to the modules that have, or had, it as a child.
+        revision: changes whenever something changes here or below that a program may depend on.
+        structure: changes whenever a part is added, replaced or removed here or below.
+    """
+
+    __slots__ = ("me", "parents", "revision", "structure")
+
+    def __init__(self, module: Any) -> None:
+        self.me: Any = weakref.ref(module)
+        self.parents: tuple[Any, ...] = ()
+        self.revision = 0
+        self.structure = 0
+
+
+class Node(Protocol):
+    """What the walker needs of a module: its parts by kind."""
+
+    _links: Links
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
+    _arrays: dict[str, Cell]
+    _modules: dict[str, Any]
+
+    def _check_attributes(self) -> None: ...
 
 
 class Tree:
     """All names below a module.
 
     Attributes:
-        entries: ``(name, box, is_parameter)`` in order, every name of every box.
+        entries: ``(name, box)`` in order, every name of every box.
         names: canonical name of each box, in order.
         aliases: further name -> canonical name, for tied boxes.
         modules: ``(name, module)`` in order, every name of every module.
+        paths: canonical name of each module, in order.
     """
 
-    __slots__ = ("aliases", "entries", "modules", "names", "version")
+    __slots__ = ("aliases", "entries", "modules", "names", "paths", "structure")
 
-    def __init__(self, root: Module) -> None:
-        self.version = VERSION.tree
-        self.entries: list[tuple[str, Box, bool]] = []
-        self.names: dict[Box, str] = {}
+    def __init__(self, root: Node) -> None:
+        self.structure = root._links.structure
+        self.entries: list[tuple[str, Any]] = []
+        self.names: dict[Any, str] = {}
         self.aliases: dict[str, str] = {}
-        self.modules: list[tuple[str, Module]] = []
-        self._visit(root, "", set())
+        self.modules: list[tuple[str, Any]] = []
+        self.paths: dict[Any, str] = {}
+        stack: list[tuple[str, Any]] = [("", root)]
+        above: dict[Any, None] = {}
+        while stack:
+            name, module = stack.pop()
+            if name is _LEAVE:
+                del above[module]
+                continue
+            if module in above:
+                raise LaminaError(
+                    f"module {name!r} contains itself\n"
+                    f"    fix: a model is a tree, or shares parts; keep a link upwards in a "
+                    f"weakref.ref"
+                )
+            above[module] = None
+            self._enter(name, module)
+            prefix = f"{name}." if name else ""
+            stack.append((_LEAVE, module))
+            stack += [
+                (prefix + k, c) for k, c in reversed(module._modules.items()) if c is not None
+            ]
 
-    def _visit(self, module: Module, name: str, above: set[Module]) -> None:
-        if module in above:
-            raise LaminaError(f"module {name!r} contains itself; a model must be a tree or a DAG")
-        above.add(module)
+    def _enter(self, name: str, module: Node) -> None:
+        module._check_attributes()
         self.modules.append((name, module))
+        self.paths.setdefault(module, name)
         prefix = f"{name}." if name else ""
-        fields = module.__dict__
-        for registry, is_parameter in ((fields["_parameters"], True), (fields["_buffers"], False)):
-            for key, box in registry.items():
-                if box is None:
-                    continue
-                path = prefix + key
-                self.entries.append((path, box, is_parameter))
-                first = self.names.setdefault(box, path)
-                if first is not path:
-                    self.aliases[path] = first
-        for key, child in fields["_modules"].items():
-            if child is not None:
-                self._visit(child, prefix + key, above)
-        above.remove(module)
-
-    @property
-    def boxes(self) -> list[Box]:
-        """Every box once, in order."""
-        return list(self.names)
+        for key, box in own_boxes(module):
+            path = prefix + key
+            self.entries.append((path, box))
+            first = self.names.setdefault(box, path)
+            if first is not path:
+                self.aliases[path] = first
 
 
-def walk(root: Any) -> Tree:
-    """Return the names below ``root``; cached until a module or a box is added or removed."""
+_LEAVE: Any = object()
+
+
+def own_boxes(module: Node) -> Iterator[tuple[str, Any]]:
+    """Yield a module's own parameters, then its own buffers, by local name."""
+    for registry in (module._parameters, module._buffers):
+        for name, box in registry.items():
+            if box is not None:
+                yield name, box
+
+
+def cells_of(root: Node) -> list[Cell]:
+    """Return every box and array attribute below ``root``, once."""
+    cells: dict[Cell, None] = dict.fromkeys(walk(root).names)
+    for module in walk(root).paths:
+        cells.update(dict.fromkeys(module._arrays.values()))
+    return list(cells)
+
+
+def walk(root: Node) -> Tree:
+    """Return the names below ``root``; cached until a part is added or removed below it."""
     tree = root.__dict__.get("_tree")
-    if tree is None or tree.version != VERSION.tree:
-        for _, module in root._walk_modules():
-            module._adopt_containers()
-        tree = Tree(root)
-        root.__dict__["_tree"] = tree
+    if tree is None or tree.structure != root._links.structure:
+        tree = root.__dict__["_tree"] = Tree(root)
     return tree
 
 
-def root_of(module: Module) -> Module:
+def revision_of(module: Node) -> int:
+    """Return what changes whenever a program may depend on something new in a module."""
+    return module._links.revision
+
+
+def touch(owners: Iterable[Any], structure: bool = False) -> None:
+    """Give a new revision to modules, by weak references, and to all that contain them."""
+    stack = list(owners)
+    seen = set()
+    while stack:
+        module = stack.pop()()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        links = module._links
+        links.revision += 1
+        links.structure += structure
+        stack += links.parents
+
+
+def root_of(module: Node) -> Any:
     """Return the topmost module that contains ``module``."""
     seen = {id(module)}
     while True:
-        above = holder_of(module.__dict__["_parents"], module, ("_modules",))
+        above = next(_holders(module._links.parents, module), None)
         if above is None or id(above) in seen:
             return module
         seen.add(id(above))
         module = above
 
 
-def holder_of(owners: Any, part: Any, registries: tuple[str, ...]) -> Any:
-    """Return the first of some weakly referenced modules that still has ``part``."""
-    for reference in owners:
+def _holders(references: Any, part: Any) -> Iterator[Any]:
+    """Yield those of some weakly referenced modules that still have ``part``."""
+    for reference in references:
         owner = reference()
-        if owner is not None and any(
-            other is part for key in registries for other in owner.__dict__[key].values()
-        ):
-            return owner
-    return None
+        if owner is None:
+            continue
+        parts: Iterable[Any] = owner._modules.values()
+        if isinstance(part, Cell):
+            parts = (box for _, box in own_boxes(owner))
+        if any(other is part for other in parts):
+            yield owner
 
 
-def identify(box: Box) -> tuple[Module | None, str]:
+def identify(box: Any) -> tuple[Any, str]:
     """Return the topmost module that contains a box, and the box's canonical name there."""
-    owner = holder_of(box._owners, box, ("_parameters", "_buffers"))
+    owner = next(_holders(box.owners, box), None)
     if owner is None:
         return None, ""
     root = root_of(owner)
@@ -112,107 +194,13 @@ def identify(box: Box) -> tuple[Module | None, str]:
     return (None, "") if name is None else (root, name)
 
 
-def path_of(module: Module) -> str:
+def path_of(module: Node) -> str:
     """Return the dotted path of a module below its topmost module, or its class name."""
-    root = root_of(module)
-    for name, other in walk(root).modules:
-        if other is module and name:
-            return name
-    return type(module).__name__
+    return walk(root_of(module)).paths.get(module) or type(module).__name__
 
 
-def describe(box: Box) -> str:
+def describe(box: Any) -> str:
     """Name a box for a message: ``parameter '0.weight'``."""
     kind = type(box).__name__.lower()
-    if box._gradient_of is not None and (parameter := box._gradient_of()) is not None:
-        return f"gradient of {describe(parameter)}"
     _, name = identify(box)
     return f"{kind} {name!r}" if name else kind
-
-
-class _Same:
-    """Compares by identity and keeps the object alive, so that its id is not used again."""
-
-    __slots__ = ("thing",)
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.thing is self.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
-
-
-_PLAIN = (int, float, str, bytes, bool, complex, type(None), type(Ellipsis), np.dtype, type)
-
-
-def static_value(value: Any) -> Any:
-    """Return a hashable stand-in for a plain attribute: equal when a program may be reused."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return kind, value
-    if isinstance(value, (list, tuple)):
-        return kind, tuple(map(static_value, value))
-    if isinstance(value, dict):
-        return kind, tuple((static_value(k), static_value(v)) for k, v in value.items())
-    if isinstance(value, (set, frozenset)):
-        return kind, frozenset(map(static_value, value))
-    if isinstance(value, (np.ndarray, jax.Array)):
-        return _Same(value)
-    try:
-        hash(value)
-    except TypeError:
-        return _Same(value)
-    return kind, value
-
-
-def _can_change(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return any(map(_can_change, value))
-    return isinstance(value, (list, dict, set))
-
-
-def fingerprint(root: Any) -> tuple[Any, list[tuple[Any, Any]]]:
-    """Return all that a compiled program may depend on except values, and the mutable attributes.
-
-    The second part lists ``(container, stand-in)`` for plain lists, dicts and sets, whose content
-    can change without an assignment and so is compared again at each call.
-    """
-    cached = root.__dict__.get("_fingerprint")
-    if cached is not None and cached[0] == VERSION.static:
-        if all(static_value(container) == mark for container, mark in cached[1][1]):
-            return cached[1]
-    index: dict[Any, int] = {}
-    mutable: list[tuple[Any, Any]] = []
-    parts: list[Any] = []
-    for name, module in walk(root).modules:
-        if module in index:
-            parts.append((name, index[module]))
-            continue
-        index[module] = len(index)
-        boxes = []
-        for key, box in module._own_boxes():
-            boxes.append((key, type(box), box._requires_grad, index.setdefault(box, len(index))))
-        parts.append((name, type(module), tuple(boxes), tuple(_statics(module, mutable))))
-    result = (tuple(parts), mutable)
-    root.__dict__["_fingerprint"] = (VERSION.static, result)
-    return result
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _statics(module: Module, mutable: list[tuple[Any, Any]]) -> Iterator[Any]:
-    for key, value in module.__dict__.items():
-        if key in module._INTERNAL:
-            continue
-        stand_in = static_value(value)
-        if _can_change(value):
-            mutable.append((value, stand_in))
-        yield key, stand_in
-    for kind in _HOOKS:
-        hooks = getattr(module, kind)
-        if hooks:
-            yield kind, tuple(_Same(hook) for hook in hooks.values())

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .._core.bind import Frame
-from .._core.errors import ForeignTransformError, LoadError, did_you_mean, format_shape
+from .._core.box import Box, array
+from .._core.errors import ForeignTransformError, LoadError, did_you_mean
 from .._core.module import Module
-from .._core.parameter import Box, array
-from .._core.walk import describe, walk
-from ._args import store_all
+from .._core.state_dict import misfit
+from .._core.walk import walk
+from ._effects import Effects
 
 __all__ = ["functional_call"]
 
@@ -31,7 +31,8 @@ def functional_call(
     Args:
         net: the module; its own values are not changed.
         params: ``{name: array}``, or a tuple of such dicts. Names may be any of a tied box's; what
-            is not given keeps the module's own value.
+            is not given keeps the module's own value; under a plain JAX transform, which would
+            freeze it, all that is used must be given.
         *args: arguments of the call.
         return_state: also return what ``forward`` wrote, as ``{name: array}`` (default False).
         **kwargs: keyword arguments of the call.
@@ -58,50 +59,53 @@ def functional_call(
     for part in (params,) if isinstance(params, Mapping) else params:
         given.update(part)
     tree = walk(net)
-    by_name = {name: box for name, box, _ in tree.entries}
+    by_name = dict(tree.entries)
     problems, values = [], {}
     for name, value in given.items():
         box = by_name.get(name)
         if box is None:
             problems.append(f"  unexpected: {name}.{did_you_mean(name, by_name)}")
             continue
-        shape = tuple(np.shape(value)) if not isinstance(value, Box) else value.shape
-        if not _fits(box, shape):
+        problem = misfit(box, value.shape if isinstance(value, Box) else np.shape(value))
+        if problem:
+            problems.append(f"  {name}: {problem}")
+        elif box in values and values[box][1] is not value:
             problems.append(
-                f"  {name}: expected shape {format_shape(box.shape)}, got {format_shape(shape)}"
+                f"  {name}: tied to {values[box][0]}, and two different values are given; drop one "
+                f"of the names"
             )
-        values.setdefault(box, array(value))
+        values.setdefault(box, (name, value))
     if problems:
         raise LoadError(
-            f"functional_call: these do not fit {type(net).__name__}:\n" + "\n".join(problems)
+            f"functional_call: these do not fit {type(net).__name__}:\n"
+            + "\n".join(problems)
+            + "\n    fix: params = dict(net.state_dict()), with one value for each parameter"
         )
-    with Frame("functional_call") as frame:
-        frame.bind(values.keys(), values.values())
+    effects = Effects("functional_call")
+    with effects.frame() as frame:
+        frame.bind(values, [array(value) for _, value in values.values()])
         out = net(*args, **kwargs)
-        state = {name: box._value for box, name in tree.names.items() if box in frame.written}
-        others = [
-            box
-            for box in frame.written
-            if box not in values and not (return_state and box in tree.names)
-        ]
-        rest = [box._value for box in others]
+        state = _own(frame, tree.names)
         lost = [] if return_state else [box for box in frame.written if box in values]
+        for box in [box for box in frame.written if box in values or return_state]:
+            if box in tree.names:
+                del frame.written[box]
+        states = effects.collect(frame)
     if lost:
-        raise ForeignTransformError(_LOST.format(boxes=", ".join(map(describe, lost))))
-    store_all(others, rest)
+        names = ", ".join(box.describe() for box in lost)
+        raise ForeignTransformError(_LOST.format(boxes=names))
+    effects.pass_on(states)
     return (out, state) if return_state else out
 
 
-def _fits(box: Box, shape: tuple[int | None, ...]) -> bool:
-    if box._shape is None and not box.is_material:
-        return True
-    own = box.shape
-    return len(own) == len(shape) and all(
-        a is None or a == b for a, b in zip(own, shape, strict=True)
-    )
+def _own(frame: Any, names: Mapping[Any, str]) -> dict[str, Any]:
+    """Return what was written into a model's boxes, by name."""
+    written = [box for box in names if box in frame.written]
+    return dict(zip([names[box] for box in written], frame.collect(written), strict=True))
 
 
 _LOST = """forward writes {boxes}, and functional_call would lose the new values.
-    mend:  out, state = lamina.functional_call(net, params, x, return_state=True)
-           params = {{**params, **state}}
-    or:    net.eval(), if no new state is needed"""
+    wrong:  lamina.functional_call(net, params, x)
+    right:  out, state = lamina.functional_call(net, params, x, return_state=True)
+            params = {{**params, **state}}
+    fix: ask for the state with return_state=True, or net.eval() if no new state is needed"""

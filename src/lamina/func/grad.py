@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .._core import bind
-from .._core.bind import Frame, Retry
+from .._core.box import Box, Parameter, is_trainable
 from .._core.errors import RuleError, did_you_mean
-from .._core.parameter import Box, Parameter
+from .._core.materialize import infer_call
+from .._core.module import Module
+from .._core.shapes import is_inexact
+from .._core.trees import Carrier, Partition
 from .._core.walk import walk
-from ._args import Constants, settle, store_all
+from ._effects import Effects
 
 __all__ = ["backward", "grad", "value_and_grad"]
 
@@ -42,8 +44,9 @@ def value_and_grad(
 
     Returns:
         A function returning ``(loss, grads)`` or ``((loss, aux), grads)``. For a module the
-        gradients are a dict ``{name: Array}``, a tied parameter once with its gradients added up.
-        What ``fn`` writes into buffers stays written.
+        gradients are a dict ``{name: Array}``, a tied parameter once with its gradients added up;
+        where two arguments share a parameter each shows the total. What ``fn`` writes into
+        buffers stays written.
 
     Raises:
         RuleError: if ``wrt`` selects no parameter.
@@ -60,10 +63,20 @@ def value_and_grad(
 
     @functools.wraps(fn, updated=())
     def differentiated(*args: Any, **kwargs: Any) -> Any:
-        out, grads = settle(
-            lambda: _once(fn, numbers, wrt, args, kwargs, has_aux), "value_and_grad"
-        )
-        return out, (grads[0] if isinstance(argnums, int) else tuple(grads))
+        targets = {number: _Target(args[number], wrt) for number in numbers}
+        if any(target.waits for target in targets.values()):
+            infer_call(fn, args, kwargs)
+            targets = {number: _Target(args[number], wrt) for number in numbers}
+        boxes = list(dict.fromkeys(box for target in targets.values() for box in target.boxes))
+
+        def run(arrays: dict[int, Any]) -> Any:
+            full = [targets[i].join(arrays[i]) if i in arrays else a for i, a in enumerate(args)]
+            return fn(*full, **kwargs)
+
+        arrays = {number: target.arrays for number, target in targets.items()}
+        out, grads, others = _differentiate("lamina.grad", run, boxes, arrays, has_aux)
+        found = tuple(targets[number].gradients(grads, others[number]) for number in numbers)
+        return out, (found[0] if isinstance(argnums, int) else found)
 
     return differentiated
 
@@ -101,77 +114,60 @@ class _Target:
     """One differentiated argument: its arrays, and the parameters of its modules."""
 
     def __init__(self, tree: Any, wrt: Select) -> None:
-        self.leaves, self.treedef = jax.tree.flatten(tree)
-        self.names: dict[int, dict[str, Parameter]] = {}
-        self.waiting: list[Box] = []
-        self.boxes: list[Parameter] = []
-        seen: set[Box] = set()
-        for place, leaf in enumerate(self.leaves):
-            if hasattr(leaf, "_state_boxes"):
-                chosen = select(leaf, wrt)
-                self.waiting += [box for box in chosen.values() if box._awaits_shapes]
-                self.names[place] = {
-                    name: box for name, box in chosen.items() if not box._awaits_shapes
-                }
-                new = [box for box in self.names[place].values() if box not in seen]
-                seen.update(new)
-                self.boxes += new
+        self.parts = Partition(tree, lambda leaf: not isinstance(leaf, Module))
+        self.arrays = self.parts.chosen
+        self.join = self.parts.combine
+        chosen = [(leaf, select(leaf, wrt)) for leaf in self.parts.rest]
+        self.waits = any(b.state == "unshaped" for _, names in chosen for b in names.values())
+        self.names = [
+            {name: box for name, box in names.items() if box.state != "unshaped"}
+            for _, names in chosen
+        ]
 
-    def values(self) -> tuple[list[Any], list[Any]]:
-        arrays = [leaf for i, leaf in enumerate(self.leaves) if i not in self.names]
-        return arrays, [box._read() for box in self.boxes]
+    @property
+    def boxes(self) -> list[Parameter]:
+        return [box for names in self.names for box in names.values()]
 
-    def join(self, arrays: Iterable[Any]) -> Any:
-        values = iter(arrays)
-        return jax.tree.unflatten(
-            self.treedef,
-            [leaf if i in self.names else next(values) for i, leaf in enumerate(self.leaves)],
-        )
-
-    def gradients(self, arrays: Iterable[Any], by_box: dict[Box, Any]) -> Any:
-        values = iter(arrays)
-        return jax.tree.unflatten(
-            self.treedef,
-            [
-                {name: by_box[box] for name, box in self.names[i].items()}
-                if i in self.names
-                else next(values)
-                for i in range(len(self.leaves))
-            ],
-        )
+    def gradients(self, by_box: dict[Any, Any], arrays: list[Any]) -> Any:
+        """Return the argument with gradients in the places of its modules and arrays."""
+        own = iter(arrays)
+        modules = iter(self.names)
+        leaves = [
+            next(own) if use else {name: by_box[box] for name, box in next(modules).items()}
+            for use in self.parts.mask
+        ]
+        return jax.tree.unflatten(self.parts.treedef, leaves)
 
 
-def _once(
-    fn: Callable[..., Any], numbers: tuple[int, ...], wrt: Select, args: Any, kwargs: Any,
-    has_aux: bool,
-) -> tuple[Any, list[Any]]:  # fmt: skip
-    targets = [_Target(args[number], wrt) for number in numbers]
-    values = [target.values() for target in targets]
-    aux_constants = Constants()
-    written: list[Box] = []
+def _differentiate(
+    kind: str, run: Callable[[Any], Any], boxes: list[Any], arrays: Any, has_aux: bool,
+    watch: Any = None,
+) -> tuple[Any, dict[Any, Any], Any]:  # fmt: skip
+    """Return what ``run(arrays)`` returns, and its gradients for ``boxes`` and ``arrays``.
 
-    def pure(values: list[tuple[list[Any], list[Any]]]) -> Any:
-        with Frame("lamina.grad") as frame:
-            full = list(args)
-            for number, target, (arrays, inner) in zip(numbers, targets, values, strict=True):
-                frame.bind(target.boxes, inner)
-                full[number] = target.join(arrays)
-            out = fn(*full, **kwargs)
+    ``watch``, if given, is called with the frame before it closes, and may reject the run.
+    """
+    aux_rest = Carrier()
+    effects = Effects(kind, watch=watch is not None)
+
+    def pure(values: list[Any], arrays: Any) -> Any:
+        with effects.frame() as frame:
+            frame.bind(boxes, values)
+            out = run(arrays)
             loss, aux = out if has_aux else (out, None)
-            if frame.stale or any(
-                not box._awaits_shapes for target in targets for box in target.waiting
-            ):
-                raise Retry
-            written[:] = frame.written
-            return loss, (aux_constants.take(aux), frame.collect())
+            if watch is not None:
+                watch(frame)
+            return loss, (aux_rest.take(aux), effects.collect(frame))
 
-    (loss, (aux, states)), grads = jax.value_and_grad(pure, has_aux=True)(values)
-    store_all(written, states)
-    result = [
-        target.gradients(arrays, dict(zip(target.boxes, inner, strict=True)))
-        for target, (arrays, inner) in zip(targets, grads, strict=True)
-    ]
-    return ((loss, aux_constants.give(aux)) if has_aux else loss), result
+    values = list(map(bind.read, boxes))
+    (loss, (aux, states)), (grads, others) = jax.value_and_grad(pure, (0, 1), has_aux=True)(
+        values, arrays
+    )
+    if watch is not None and watch(None):
+        return None, {}, None
+    effects.pass_on(states)
+    found = {box: box.hooked(grad) for box, grad in zip(boxes, grads, strict=True)}
+    return ((loss, aux_rest.give(aux)) if has_aux else loss), found, others
 
 
 def select(net: Any, wrt: Select = None) -> dict[str, Parameter]:
@@ -179,7 +175,7 @@ def select(net: Any, wrt: Select = None) -> dict[str, Parameter]:
     everything = {
         name: box
         for box, name in walk(net).names.items()
-        if isinstance(box, Parameter) and jnp.issubdtype(box.dtype, jnp.inexact)
+        if isinstance(box, Parameter) and is_inexact(box.dtype)
     }
     if wrt is None:
         return {name: box for name, box in everything.items() if box.requires_grad}
@@ -194,11 +190,15 @@ def select(net: Any, wrt: Select = None) -> dict[str, Parameter]:
         }
     if not chosen:
         hint = did_you_mean(wrt, everything) if isinstance(wrt, str) else ""
-        raise RuleError(f"wrt={wrt!r} selects none of the parameters {list(everything)}.{hint}")
+        raise RuleError(
+            f"wrt={wrt!r} selects none of the parameters {list(everything)}.{hint}\n"
+            f"    fix: a name glob, a list of globs or parameters, or a predicate (name, parameter)"
+        )
     return chosen
 
 
 _TOUCHED: dict[Any, list[weakref.ref[Box]]] = {}
+"""Which parameters a function touched last time, by its code: a guess that saves a second run."""
 
 
 def backward(fn: Callable[..., Any], *args: Any, has_aux: bool = False, **kwargs: Any) -> Any:
@@ -226,47 +226,27 @@ def backward(fn: Callable[..., Any], *args: Any, has_aux: bool = False, **kwargs
     """
     code = getattr(fn, "__code__", None)
     guess = [box for ref in _TOUCHED.get(code, ()) if (box := ref()) is not None]
-    boxes: list[Any] = [box for box in guess if _is_trainable(box) and not box._awaits_shapes]
+    boxes: list[Any] = [box for box in guess if is_trainable(box) and box.state != "unshaped"]
+    touched: list[Any] = []
+    new: list[Any] = []
 
-    def attempt() -> tuple[Any, dict[Parameter, None]]:
-        aux_constants = Constants()
-        written: list[Box] = []
-        touched: dict[Any, None] = {}
-        read: list[Box] = []
+    def watch(frame: Any) -> bool:
+        if frame is not None:
+            touched[:] = [box for box in frame.read if is_trainable(box)]
+            new[:] = [box for box in touched if box not in known]
+        return bool(new)
 
-        def pure(values: list[Any]) -> Any:
-            with Frame("lamina.backward", captures=True) as frame:
-                frame.bind(boxes, values, watch=True)
-                out = fn(*args, **kwargs)
-                loss, aux = out if has_aux else (out, None)
-                known = set(boxes)
-                new = [b for b in frame.captured if _is_trainable(b) and b not in known]
-                if new or frame.stale:
-                    boxes.extend(new)
-                    raise Retry
-                touched.update((box, None) for box in boxes if box in frame.captured)
-                read[:] = [box for box in frame.captured if box not in known]
-                written[:] = frame.written
-                return loss, (aux_constants.take(aux), frame.collect())
-
-        values = [box._read() for box in boxes]
-        (loss, (aux, states)), grads = jax.value_and_grad(pure, has_aux=True)(values)
-        for box in read:
-            bind.note_read(box)
-        store_all(written, states)
-        for box, gradient in zip(boxes, grads, strict=True):
-            if box in touched:
-                before = box.grad
-                box.grad = gradient if before is None else before + gradient
-        return ((loss, aux_constants.give(aux)) if has_aux else loss), touched
-
-    result, touched = settle(attempt, "backward")
+    while True:
+        known = set(boxes)
+        out, grads, _ = _differentiate(
+            "lamina.backward", lambda _: fn(*args, **kwargs), boxes, (), has_aux, watch
+        )
+        if not new:
+            break
+        boxes += new  # it reached parameters that gradients were not asked for: run it again
+    for box in touched:
+        before = box.grad
+        box.grad = grads[box] if before is None else before + grads[box]
     if code is not None:
         _TOUCHED[code] = [weakref.ref(box) for box in touched]
-    return result
-
-
-def _is_trainable(box: Box) -> bool:
-    return (
-        isinstance(box, Parameter) and box.requires_grad and jnp.issubdtype(box.dtype, jnp.inexact)
-    )
+    return out

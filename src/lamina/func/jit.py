@@ -1,4 +1,11 @@
-"""``lamina.jit``: compile a function that reads and writes modules in place."""
+"""``lamina.jit``: look, then build; prove, or look again.
+
+look     run the function abstractly, with everything in reach bound: which cells does it read and
+         write, and does it change anything else?
+build    a program: one ``jax.jit`` of those cells, shared by all whose reach has the same shape
+         and which touch the same places
+bind     a program, the very cells of one set of arguments, and the proof that they are those
+"""
 
 from __future__ import annotations
 
@@ -6,24 +13,25 @@ import functools
 import operator
 import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._core import bind
-from .._core.bind import LOCK, STATE, VERSION, Frame, Retry
-from .._core.errors import ForeignTransformError, LaminaError
+from .._core.bind import CLEAN, LOCK, STATE, Cell, Exchange, Frame, apart, trace_mark
+from .._core.box import Box
+from .._core.errors import ForeignTransformError, StaticWriteError, UnprovenError
+from .._core.fingerprint import is_plain, value_key
 from .._core.module import Module
-from .._core.parameter import Box, Parameter
-from .._core.walk import describe, identify, root_of, static_value
+from .._core.random import BIRTHS, DEFAULT
+from .._core.trees import as_array, is_arraylike
+from .reach import Reach, cell_form
 
 __all__ = ["Jitted", "jit"]
 
-_MOST_TRACES = 20
-_ARRAYS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+_MOST_BINDINGS = 256
 
 
 def jit(
@@ -34,10 +42,11 @@ def jit(
 ) -> Any:
     """Compile a function; what it writes into modules is visible outside, as in PyTorch.
 
-    Modules and optimizers may be arguments (also inside lists and dicts) or closures. Values that
-    the function writes are donated to the compiled program, so memory is reused; arrays that you
-    got from ``p.data`` or ``state_dict()`` stay valid. Another shape, structure, flag or plain
-    attribute compiles anew; another instance of the same structure does not.
+    Modules and optimizers may be arguments (also inside lists, dicts and plain objects) or
+    closures. Values that the function writes are donated to the compiled program, so memory is
+    reused; arrays that you got from ``p.data`` or ``state_dict()`` stay valid. Another shape,
+    structure, flag or plain attribute compiles anew; another instance of the same structure does
+    not. All that the function depends on is compared at every call, or refused.
 
     Args:
         fn: a function or a module. Left out, ``jit`` is a decorator with options.
@@ -49,7 +58,8 @@ def jit(
         A function of the same signature.
 
     Raises:
-        StaticWriteError: if ``fn`` changes a plain attribute or the structure of a module.
+        StaticWriteError: if ``fn`` changes a plain attribute, a list or the structure of a module.
+        UnprovenError: if it depends on something that can't be compared at every call.
         DataDependentError: if Python control flow in a module depends on an array's value.
 
     Example:
@@ -86,11 +96,10 @@ class Jitted:
         if not callable(fn):
             raise TypeError(f"lamina.jit: expected a function or a module, got {type(fn).__name__}")
         functools.update_wrapper(self, fn, updated=())
-        self._module = fn if hasattr(fn, "_state_boxes") else None
-        self._fn = _call_module if self._module is not None else fn
-        shift = 0 if self._module is None else 1
+        self.fn = _Call(fn) if isinstance(fn, Module) else fn
+        self._name = getattr(fn, "__name__", None) or type(fn).__name__
         numbers = (static_argnums,) if isinstance(static_argnums, int) else static_argnums
-        self._static_numbers = frozenset(number + shift for number in numbers)
+        self._static_numbers = frozenset(numbers)
         self._static_names = frozenset(
             (static_argnames,) if isinstance(static_argnames, str) else static_argnames
         )
@@ -102,534 +111,483 @@ class Jitted:
         return self if instance is None else types.MethodType(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._module is not None:
-            args = (self._module, *args)
-        if self._has_static:
-            args, kwargs = self._mark_static(args, kwargs)
-        place, arrays = self._place(args, kwargs)
-        binding = self._bindings.get(place)
-        learnt = None
-        if (
-            binding is not None
-            and binding.version == VERSION.static
-            and not STATE.frames
-            and binding.is_unchanged()
-        ):
-            try:
-                return binding.run(arrays)
-            except Retry:
-                learnt = binding.learnt
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        return self._call(place, leaves, treedef, _caller(arrays), learnt or _Learnt())
-
-    def _place(self, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
-        """Return what identifies a call except for its arrays, and the arrays."""
-        arrays: list[Any] = []
         key: list[Any] = []
-        if not kwargs:
+        arrays: list[Any] = []
+        roots: list[Any] = []
+        if not kwargs and not self._has_static:
             for arg in args:  # most calls: only modules and arrays, no tree to flatten
                 kind = _KINDS.get(type(arg))
-                if kind == _ARRAY:
+                if kind == _NATIVE:
                     arrays.append(arg)
-                    key.append(None)
+                    key += (arg.shape, arg.dtype)
                 elif kind == _OWNER:
+                    roots.append(arg)
                     key.append(id(arg))
                 else:
                     break
             else:
-                return tuple(key), arrays
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        arrays, key = [], [treedef]
-        for leaf in leaves:
-            kind = _classify(leaf)
-            if kind == _ARRAY:
-                arrays.append(leaf)
-                key.append(None)
-            else:
-                key.append(id(leaf) if kind == _OWNER else static_value(leaf))
-        return tuple(key), arrays
+                found = self._bindings.get(tuple(key))
+                if found is not None and not STATE.frames and trace_mark() == CLEAN:
+                    if found.holds(self.fn, roots):
+                        return found.run(arrays, roots)
+        return self._slow(args, kwargs)
 
-    def _call(
-        self,
-        place: Any,
-        leaves: list[Any],
-        treedef: Any,
-        use: Callable[[_Binding], Any],
-        learnt: _Learnt,
-    ) -> Any:
-        """Run ``use`` on a binding, tracing again while the trace knows too little."""
-        for _ in range(_MOST_TRACES):
-            binding = self._bind(place, leaves, treedef, learnt)
-            try:
-                result = use(binding)
-            except Retry:
-                learnt = binding.learnt
-                continue
-            if not STATE.frames:
-                self._keep(place, binding)
-            return result
-        raise LaminaError(
-            f"{self._name()}: the function touches other parameters each time it is traced "
-            f"({_MOST_TRACES} times); build its modules outside of it"
-        )
+    def _slow(self, args: Any, kwargs: Any) -> Any:
+        """Find or make the binding for a call that is not just like the last one."""
+        if STATE.compiled is not None:
+            return self.fn(*args, **kwargs)  # a part of the program that is being traced
+        if bind.under_foreign():
+            raise ForeignTransformError(_FOREIGN.format(name=self._name))
+        call = _Arguments(args, kwargs, self._static_numbers, self._static_names)
+        inside = bool(STATE.frames) or trace_mark() != CLEAN
+        with LOCK:
+            found = self._bindings.get(call.key)
+            if found is None or not found.holds(self.fn, call.roots):
+                found = self._bind(call)
+            if inside:
+                return found.run_inside(call.arrays, call.roots)
+            if self._bindings.get(call.key) is not found:
+                self._keep(call.key, found)
+        return found.run(call.arrays, call.roots)
 
-    def _mark_static(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return (
-            tuple(_Static(a) if i in self._static_numbers else a for i, a in enumerate(args)),
-            {k: _Static(v) if k in self._static_names else v for k, v in kwargs.items()},
-        )
+    def _keep(self, key: Any, binding: _Binding) -> None:
+        for old in [b for b in self._bindings.values() if b.dead]:
+            self._forget(old)
+        while len(self._bindings) >= _MOST_BINDINGS:
+            self._forget(next(iter(self._bindings.values())))
+        while len(self._programs) > _MOST_BINDINGS:
+            self._programs.pop(next(iter(self._programs)))
+        self._bindings[key] = binding
 
-    def _keep(self, place: Any, binding: _Binding) -> None:
-        self._bindings[place] = binding
-        for module in binding.program.closures:
-            binding.mutable += module._state_fingerprint()[1]
-        for owner in binding.owners:
-            binding.watch.append(weakref.ref(owner, lambda _: self._bindings.pop(place, None)))
-        binding.owners = []
-
-    def _bind(self, place: Any, leaves: list[Any], treedef: Any, learnt: _Learnt) -> _Binding:
-        owners, statics = [], []
-        for leaf in leaves:
-            kind = _classify(leaf)
-            if kind == _OWNER:
-                owners.append(leaf)
-            elif kind == _STATIC:
-                statics.append(static_value(leaf))
-        shape = tuple(map(_classify, leaves))
-        binding = _Binding(leaves, treedef, shape, owners)
-        key = (treedef, shape, tuple(statics), binding.fingerprint)
-        programs = self._programs.setdefault(key, [])
-        program = next((p for p in programs if p.is_current() and p.fits(binding)), None)
-        if program is None:
-            program = _Program(self._fn, self._name())
-            program.kept = [ref for ref in binding.refs.values() if not ref[2]]
-            programs.append(program)
-        program.learn(binding, learnt)
-        binding.use(program)
+    def _bind(self, call: _Arguments) -> _Binding:
+        reach = Reach(self.fn, call.roots, [DEFAULT.stream])
+        binding = self._known(call, reach) or self._shared(call, reach)
+        if binding is None:
+            reach, look = self._look(call, reach)
+            binding = self._known(call, reach)
+            if binding is None or not look.agrees(binding.program):
+                program = self._program(call, reach, look)
+                binding = _Binding(program, list(reach.cells))
+        binding.prove(reach, call, self._forget)
         return binding
+
+    def _known(self, call: _Arguments, reach: Reach) -> _Binding | None:
+        """Return a binding of these very cells, if only the proof of it is out of date."""
+        for program in self._programs.get((call.shape, reach.shape), ()):
+            for binding in program.bindings:
+                if len(binding.cells) == len(reach.cells) and all(
+                    map(operator.is_, binding.cells, reach.cells)
+                ):
+                    return binding
+        return None
+
+    def _shared(self, call: _Arguments, reach: Reach) -> _Binding | None:
+        """Bind other cells to a program, if all that it depends on is the same for them."""
+        programs = self._programs.get((call.shape, reach.shape), ())
+        if len(programs) != 1:
+            return None
+        binding = _Binding(programs[0], list(reach.cells))
+        for cell in (*binding.exchange.donated, *binding.exchange.kept):
+            if cell.is_empty:
+                bind.fill(cell)
+        return binding
+
+    def _program(self, call: _Arguments, reach: Reach, look: _Look) -> _Program:
+        programs = self._programs.setdefault((call.shape, reach.shape), [])
+        for program in programs:
+            if look.agrees(program):
+                return program
+        program = _Program(self.fn, self._name, call.make, look)
+        programs.append(program)
+        return program
+
+    def _look(self, call: _Arguments, reach: Reach) -> tuple[Reach, _Look]:
+        """Run the function abstractly; return what it reaches afterwards, and what it touched."""
+        births = BIRTHS.mark()
+        cells = list(reach.cells)
+        frame = Frame(f"lamina.jit of {self._name}", compiled=True, abstract=True, look=True)
+        found: dict[str, Any] = {}
+
+        def look(values: list[Any], arrays: list[Any]) -> Any:
+            with frame:
+                frame.bind(cells, values)
+                result = call.make(self.fn, call.roots)(arrays)
+                found["written"] = frame.collect()
+                return [leaf for leaf in _leaves(result) if is_arraylike(leaf)]
+
+        try:
+            jaxpr = jax.make_jaxpr(look)(bind.raw_values(cells), call.arrays)
+            if not reach.holds(self.fn, call.roots):
+                raise StaticWriteError(_CHANGED.format(name=self._name))
+        except BaseException as error:
+            reach.undo()
+            if isinstance(error, jax.errors.UnexpectedTracerError):
+                raise ForeignTransformError(_KEPT.format(name=self._name)) from error
+            raise
+        finally:
+            BIRTHS.resume(births)
+        forms = {c: None if v is None else (v.shape, v.dtype) for c, v in
+                 zip(frame.written, found["written"], strict=True)}  # fmt: skip
+        if frame.met or not reach.is_current():  # shapes were inferred, or state was made
+            reach = Reach(self.fn, call.roots, [DEFAULT.stream])
+        for cell in frame.met:
+            if cell not in reach.cells:
+                raise UnprovenError(_NO_PATH.format(box=cell.describe(), name=self._name))
+        touched = [c for c in reach.cells if c in frame.read or c in frame.met or c in forms]
+        for cell in touched:
+            if cell.is_empty:
+                bind.fill(cell)
+        return reach, _Look(reach, touched, forms, frame, bind.has_callbacks(jaxpr.jaxpr))
+
+    def _forget(self, binding: _Binding) -> None:
+        for key in [k for k, b in self._bindings.items() if b is binding]:
+            self._bindings.pop(key, None)
+        if binding in binding.program.bindings:
+            binding.program.bindings.remove(binding)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Return the lowered program for these arguments (``jax.stages.Lowered``)."""
-        if self._module is not None:
-            args = (self._module, *args)
-        args, kwargs = self._mark_static(args, kwargs)
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        arrays = [leaf for leaf in leaves if _classify(leaf) == _ARRAY]
-        return self._call(None, leaves, treedef, lambda found: found.lower(arrays), _Learnt())
-
-    def _name(self) -> str:
-        return getattr(self, "__name__", None) or type(self._module or self._fn).__name__
+        call = _Arguments(args, kwargs, self._static_numbers, self._static_names)
+        with LOCK:
+            found = self._bind(call)
+            self._keep(call.key, found)
+            return found.lower(call.arrays, call.roots)
 
     def __repr__(self) -> str:
-        return f"<lamina.jit of {self._name()}>"
+        return f"<lamina.jit of {self._name}>"
 
 
-Module._compiler = staticmethod(jit)
+class _Call:
+    """The call of a module, as a function."""
 
+    def __init__(self, module: Module) -> None:
+        self.__wrapped__ = module
 
-class _Learnt:
-    """What a trace found out: boxes it wrote, boxes it read that were not bound, and which of
-    these it read inside a JAX transform nested in it.
-    """
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(*args, **kwargs)
 
-    def __init__(
-        self, written: Iterable[Box] = (), read: Iterable[Box] = (), foreign: Iterable[Box] = ()
-    ) -> None:
-        self.written = list(written)
-        self.read = list(read)
-        self.foreign = list(foreign)
 
-
-class _Program:
-    """One compiled program: which boxes go in, which of them come out, by reference.
-
-    A reference is ``(owner index, box index, is gradient)`` for what arguments own, so that the
-    program serves every instance of their structure, and the box itself for closures.
-    """
-
-    def __init__(self, fn: Callable[..., Any], name: str) -> None:
-        self.fn = fn
-        self.name = name
-        self.donated: list[Any] = []
-        self.kept: list[Any] = []
-        self.closures: dict[Any, Any] = {}
-        self.guards: list[tuple[Any, Any]] = []
-        self.overlaps: list[tuple[Any, Any]] = []
-        self.is_traced = False
-        self.unsure: list[Box] = []
-        """Boxes read inside a nested JAX transform, which must be read there again when bound."""
-        self.has_static = False
-        self.current: _Binding | None = None
-        traced = functools.partial(self._trace)
-        functools.update_wrapper(traced, self._trace)
-        traced.__name__ = traced.__qualname__ = name  # type: ignore[attr-defined]
-        self.compiled = jax.jit(traced, donate_argnums=0)
-        self.nested = jax.jit(traced)
-
-    def is_current(self) -> bool:
-        """Whether the closures are as they were when the program was traced."""
-        return self.names_stand() and all(
-            _state_of(module) == before for module, before in self.closures.items()
-        )
-
-    def names_stand(self) -> bool:
-        """Whether the outer names that meant modules mean the same ones still."""
-        return all(_owners_in(look_up()) == before for look_up, before in self.guards)
-
-    def fits(self, binding: _Binding) -> bool:
-        """Whether what the outer names mean is found among the arguments at the same places."""
-        return all(binding.places(before) == where for (_, before), where in self.overlaps)
-
-    def learn(self, binding: _Binding, learnt: _Learnt) -> None:
-        self.unsure += [box for box in learnt.foreign if box not in set(self.unsure)]
-        known = {_ref_key(ref) for ref in self.donated}
-        for box in learnt.written:
-            ref = binding.refs.get(box, box)
-            if _ref_key(ref) not in known:
-                known.add(_ref_key(ref))
-                self.donated.append(ref)
-        self.kept = [ref for ref in self.kept if _ref_key(ref) not in known]
-        known.update(_ref_key(ref) for ref in self.kept)
-        for box in learnt.read:
-            ref = binding.refs.get(box, box)
-            if _ref_key(ref) not in known:
-                known.add(_ref_key(ref))
-                self.kept.append(ref)
-
-    def _trace(self, donated: list[Any], kept: list[Any], arrays: list[Any]) -> Any:
-        binding = self.current
-        assert binding is not None
-        with Frame(f"lamina.jit of {self.name}", captures=True, compiled=True) as frame:
-            frame.bind(binding.donated, donated)
-            frame.bind(binding.kept, kept)
-            for box in self.unsure:
-                frame.bind([box], [box._value], watch=True)
-            args, kwargs = binding.arguments(arrays)
-            result = self.fn(*args, **kwargs)
-            known = set(binding.donated)
-            written = [box for box in frame.written if box not in known]
-            known.update(binding.kept)
-            read = [box for box in frame.captured if box not in known]
-            if written or read or frame.stale:
-                binding.learnt = _Learnt(written, read, frame.foreign)
-                raise Retry
-            for box in self.unsure:
-                if box not in frame.captured:
-                    raise ForeignTransformError(_KEPT_BY_JAX.format(box=describe(box)))
-            self.unsure = []
-            self.is_traced = True
-            self._note_closures(binding, frame)
-            result = jax.tree.map(functools.partial(self._seal, binding), result)
-            return [box._value for box in binding.donated], result
-
-    def _note_closures(self, binding: _Binding, frame: Frame) -> None:
-        self.guards = [
-            (look_up, owners)
-            for look_up in _outer_names(self.fn)
-            if (owners := _owners_in(look_up()))
-        ]
-        self.overlaps = [(guard, binding.places(guard[1])) for guard in self.guards]
-        inside = {part for owner in binding.live() for part in _parts(owner)}
-        roots = {root_of(module): None for module in frame.modules if module not in inside}
-        for box in (*binding.donated, *binding.kept):
-            if box not in binding.refs and (root := identify(box)[0]) is not None:
-                roots[root] = None
-        for root in roots:
-            if root.__dict__["_born"] != frame.serial:
-                self.closures[root] = _state_of(root)
-
-    def _seal(self, binding: _Binding, leaf: Any) -> Any:
-        if _classify(leaf) == _ARRAY:
-            return leaf
-        self.has_static = True
-        for place, owner in enumerate(binding.live()):
-            if leaf is owner:
-                return _Static(_Argument(place, ""))
-            for name, module in owner.named_modules() if isinstance(owner, Module) else ():
-                if leaf is module:
-                    return _Static(_Argument(place, name))
-        return _Static(leaf)
-
-
-class _Binding:
-    """A program together with the very boxes of one set of arguments."""
-
-    def __init__(
-        self, leaves: list[Any], treedef: Any, shape: tuple[int, ...], owners: list[Any]
-    ) -> None:
-        self.template = [
-            None if k == _ARRAY else leaf for k, leaf in zip(shape, leaves, strict=True)
-        ]
-        self.treedef = treedef
-        self.shape = shape
-        self.owners = owners
-        self.watch: list[Any] = []
-        self.learnt = _Learnt()
-        self.version = VERSION.static
-        self.seen_exposed = -1
-        self.refs: dict[Box, Any] = {}
-        prints, shared = [], []
-        self.mutable: list[tuple[Any, Any]] = []
-        for place, owner in enumerate(owners):
-            mark, mutable = owner._state_fingerprint()
-            prints.append(mark)
-            self.mutable += mutable
-            for index, box in enumerate(owner._state_boxes()):
-                first = self.refs.setdefault(box, (place, index, False))
-                if first[0] != place:
-                    shared.append((place, index, first))
-                if isinstance(box, Parameter) and box._grad is not None:
-                    self.refs.setdefault(box._grad, (place, index, True))
-        self.fingerprint = (tuple(prints), tuple(shared))
-        # The template must not keep the owners alive once the binding is cached.
-        self.owner_refs = [weakref.ref(owner) for owner in owners]
-        self.template = [
-            None if k == _OWNER else leaf for k, leaf in zip(shape, self.template, strict=True)
-        ]
-
-    def use(self, program: _Program) -> None:
-        self.program = program
-        boxes = [owner._state_boxes() for owner in self.owners]
-
-        def resolve(ref: Any) -> Box:
-            if isinstance(ref, Box):
-                return ref
-            box = boxes[ref[0]][ref[1]]
-            return box._grad_box() if ref[2] else box
-
-        self.donated = [resolve(ref) for ref in program.donated]
-        self.kept = [resolve(ref) for ref in program.kept]
-
-    def places(self, owners: list[Any]) -> list[Any]:
-        """Return where the boxes of some modules are found among the arguments."""
-        return [self.refs.get(box) for owner in owners for box in owner._state_boxes()]
-
-    def open(self, result: Any) -> Any:
-        """Put back what is no array into a result, as it is for these arguments."""
-        if not self.program.has_static:
-            return result
-
-        def open_leaf(leaf: Any) -> Any:
-            if type(leaf) is not _Static:
-                return leaf
-            if isinstance(leaf.value, _Argument):
-                owner: Any = self.owner_refs[leaf.value.place]()
-                return owner.get_submodule(leaf.value.name) if leaf.value.name else owner
-            return leaf.value
-
-        return jax.tree.map(open_leaf, result, is_leaf=lambda leaf: type(leaf) is _Static)
-
-    def live(self) -> list[Any]:
-        return [owner for ref in self.owner_refs if (owner := ref()) is not None]
-
-    def is_unchanged(self) -> bool:
-        if not self.mutable and not self.program.guards:
-            return True
-        return self.program.names_stand() and all(
-            static_value(container) == mark for container, mark in self.mutable
-        )
-
-    def arguments(self, arrays: list[Any]) -> tuple[Any, Any]:
-        values, owners = iter(arrays), iter(self.owner_refs)
-        leaves = [
-            next(values) if kind == _ARRAY else next(owners)() if kind == _OWNER else leaf
-            for kind, leaf in zip(self.shape, self.template, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(self.treedef, leaves)
-        return (
-            tuple(a.value if type(a) is _Static else a for a in args),
-            {k: v.value if type(v) is _Static else v for k, v in kwargs.items()},
-        )
-
-    def run(self, arrays: list[Any]) -> Any:
-        """Call the compiled program: values out of the boxes, new values back into them."""
-        program = self.program
-        with LOCK:
-            program.current = self
-            kept = list(map(_VALUE, self.kept))
-            if not self.donated:
-                try:
-                    return self.open(program.compiled([], kept, arrays)[1])
-                finally:
-                    program.current = None
-            donated = list(map(_VALUE, self.donated))
-            copied = self._protect(donated) if self.seen_exposed != VERSION.exposed else ()
-            results: list[Any] = []
-            try:
-                # Called through map, so that an interrupt that arrives during the call can't come
-                # between the return and the assignment, when the donated values are gone already.
-                results.extend(map(program.compiled, (donated,), (kept,), (arrays,)))
-            except Exception as error:
-                if any(v is not None and v.is_deleted() for v in donated):
-                    error.add_note(_LOST.format(name=program.name))
-                raise
-            finally:
-                program.current = None
-                if results:
-                    for box, value in zip(self.donated, results[0][0], strict=True):
-                        box._value = value
-                    for box in copied:
-                        box._exposed = None  # not to keep the user's array alive
-        return self.open(results[0][1])
-
-    def _protect(self, donated: list[Any]) -> list[Box]:
-        """Replace values that the user holds by copies: donation must not delete those."""
-        copied = []
-        for index, box in enumerate(self.donated):
-            value = donated[index]
-            if value is not None and box._exposed is value:
-                donated[index] = jnp.copy(value)
-                copied.append(box)
-        self.seen_exposed = VERSION.exposed
-        return copied
-
-    def call(self, arrays: list[Any]) -> Any:
-        """Call with all checks: the first time, or inside another transform."""
-        program = self.program
-        if not STATE.frames:
-            for box in (*self.donated, *self.kept) if program.is_traced else ():
-                if box._value is None and not box._is_free and not box._awaits_shapes:
-                    box._fill()
-            return self.run(arrays)
-        for module in program.closures:
-            bind.note_module(module)
-        donated = [_inner_value(box) for box in self.donated]
-        kept = [_inner_value(box) for box in self.kept]
-        with LOCK:
-            program.current = self
-            try:
-                written, result = program.nested(donated, kept, arrays)
-            finally:
-                program.current = None
-        for module in program.closures:
-            bind.note_module(module)
-        for box, value in zip(self.donated, written, strict=True):
-            bind.store(box, value)
-        return self.open(result)
-
-    def lower(self, arrays: list[Any]) -> Any:
-        donated = [box._value for box in self.donated]
-        kept = [box._value for box in self.kept]
-        with LOCK:
-            self.program.current = self
-            return self.program.compiled.lower(donated, kept, arrays)
-
-
-def _inner_value(box: Box) -> Any:
-    """Read a box that may still be without a value through the enclosing frames."""
-    if box._value is None and (box._awaits_shapes or box._is_free):
-        bind.note_read(box)
-        return None
-    return box._read()
-
-
-def _owners_in(value: Any, depth: int = 2) -> list[Any]:
-    """Return the modules and optimizers that a value is, or holds in lists, tuples and dicts."""
-    if hasattr(value, "_state_boxes"):
-        return [value]
-    if depth and isinstance(value, (list, tuple)):
-        return [owner for item in value for owner in _owners_in(item, depth - 1)]
-    if depth and isinstance(value, dict) and len(value) < 1000:
-        return [owner for item in value.values() for owner in _owners_in(item, depth - 1)]
-    return []
-
-
-def _state_of(module: Module) -> tuple[Any, list[int]]:
-    return module._state_fingerprint()[0], [id(box) for box in module._state_boxes()]
-
-
-def _parts(owner: Any) -> list[Any]:
-    net = getattr(owner, "net", owner)
-    return [module for _, module in net._walk_modules()]
-
-
-def _outer_names(fn: Any) -> Iterator[Callable[[], Any]]:
-    """Yield a look-up for each closure cell and each global name that a function may use."""
-    code, names = getattr(fn, "__code__", None), getattr(fn, "__globals__", {})
-    if code is None:
-        return
-    for cell in fn.__closure__ or ():
-        yield functools.partial(_cell_contents, cell)
-    seen, codes = set(), [code]
-    while codes:
-        code = codes.pop()
-        seen.update(code.co_names)
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    for name in seen & names.keys():
-        yield functools.partial(names.get, name)
-
-
-def _cell_contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # deleted in the meantime
-        return None
-
-
-def _call_module(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
-
-
-class _Static:
-    """A value that is part of the program, not of its data."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Static) and static_value(self.value) == static_value(other.value)
-
-    def __hash__(self) -> int:
-        return hash(static_value(self.value))
-
-
-jax.tree_util.register_pytree_node(_Static, lambda box: ((), box), lambda box, _: box)
-
-
-def _caller(arrays: list[Any]) -> Callable[[_Binding], Any]:
-    return lambda binding: binding.call(arrays)
-
-
-class _Argument:
-    """Stands in a result for a module that came in as, or within, an argument."""
-
-    def __init__(self, place: int, name: str) -> None:
-        self.place, self.name = place, name
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Argument) and (self.place, self.name) == (other.place, other.name)
-
-    def __hash__(self) -> int:
-        return hash((self.place, self.name))
-
-
-_VALUE = operator.attrgetter("_value")
-_ARRAY, _OWNER, _STATIC = 1, 2, 3
+_NATIVE, _OWNER, _ARRAY, _ROOT = range(1, 5)
 _KINDS: dict[type, int] = {}
 
 
 def _classify(leaf: Any) -> int:
-    kind = _KINDS.get(type(leaf))
-    if kind is None:
-        if isinstance(leaf, _ARRAYS) or hasattr(leaf, "__jax_array__"):
-            kind = _ARRAY
+    """Sort an argument: an array, or a module, an optimizer, an object or a constant."""
+    kind = type(leaf)
+    found = _KINDS.get(kind)
+    if found is None:
+        if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            found = _NATIVE
+        elif is_arraylike(leaf) and not isinstance(leaf, Box):
+            found = _ARRAY
         else:
-            kind = _OWNER if hasattr(leaf, "_state_boxes") else _STATIC
-        _KINDS[type(leaf)] = kind
-    return kind
+            found = (
+                _OWNER if isinstance(leaf, Module) or hasattr(kind, "__lamina_reach__") else _ROOT
+            )
+        _KINDS[kind] = found
+    return found
 
 
-def _ref_key(ref: Any) -> Any:
-    return id(ref) if isinstance(ref, Box) else ref
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, (Box, _Static))
 
 
-_KEPT_BY_JAX = """{box} is read by a function that JAX has kept from an earlier trace (a jax.jit, \
-jax.checkpoint or jax.lax loop over a function that lives on), with an old value in it.
-    wrong:  inner = jax.jit(lambda x: net(x))           called inside lamina.jit
-    right:  inner = lamina.jit(lambda x: net(x))
-    or:     make the function where it is used:  jax.lax.scan(lambda h, x: net(h), ...)"""
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=_is_leaf)
 
-_LOST = """{name} failed while it was running, after its inputs were given up to it: the \
-parameters it was to update are lost. Load them again, for instance from the last checkpoint."""
+
+class _Static:
+    """An argument that is a constant of the program, whatever its type."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class _Arguments:
+    """The arguments of one call, apart: arrays, and roots (modules, objects, constants).
+
+    Attributes:
+        key: what identifies the call except for the arrays' values.
+        shape: the same without identities.
+    """
+
+    def __init__(self, args: Any, kwargs: Any, numbers: Any, names: Any) -> None:
+        if numbers or names:
+            args = tuple(_Static(a) if i in numbers else a for i, a in enumerate(args))
+            kwargs = {k: _Static(v) if k in names else v for k, v in kwargs.items()}
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_leaf)
+        kinds = tuple(map(_classify, leaves))
+        key: list[Any] = []
+        shape: list[Any] = [treedef, kinds]
+        self.arrays: list[Any] = []
+        self.roots: list[Any] = []
+        for leaf, kind in zip(leaves, kinds, strict=True):
+            if kind in (_NATIVE, _ARRAY):
+                leaf = as_array(leaf)
+                self.arrays.append(leaf)
+                form = (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else (type(leaf), None)
+                key += form
+                shape += form
+            else:
+                leaf = leaf.value if isinstance(leaf, _Static) else leaf
+                self.roots.append(leaf)
+                key.append(value_key(leaf) if is_plain(leaf) else id(leaf))
+        plain_call = not kwargs and all(_KINDS.get(type(a)) in (_NATIVE, _OWNER) for a in args)
+        if not plain_call:  # else the key is the one that Jitted.__call__ makes
+            key.insert(0, treedef)
+        self.key = tuple(key)
+        self.shape = tuple(shape)
+        is_array = [kind in (_NATIVE, _ARRAY) for kind in kinds]
+
+        def make(fn: Any, roots: list[Any]) -> Callable[[list[Any]], Any]:
+            def run(arrays: list[Any]) -> Any:
+                values, others = iter(arrays), iter(roots)
+                full = [next(values) if use else next(others) for use in is_array]
+                args, kwargs = jax.tree.unflatten(treedef, full)
+                return fn(*args, **kwargs)
+
+            return run
+
+        self.make = make
+
+
+class _Look:
+    """What a look found out, by the numbers of cells and not by the cells themselves."""
+
+    def __init__(
+        self,
+        reach: Reach,
+        touched: list[Cell],
+        forms: dict[Cell, Any],
+        frame: Frame,
+        callbacks: bool,
+    ) -> None:
+        number = reach.cells
+        self.callbacks = callbacks
+        # A cell's array can be given up to the program if the new one has the same form.
+        donated = [] if callbacks else [c for c in touched if c in forms and _fits(c, forms[c])]
+        self.donated = tuple(number[c] for c in donated)
+        self.kept = tuple(number[c] for c in touched if c not in set(donated))
+        others = [c for c in touched if c in forms and c not in set(donated)]
+        self.written = (*self.donated, *(number[c] for c in others))
+        self.draws = tuple((number[c], n) for c, n in frame.draws.items() if c in number)
+        self.loose = tuple(number[c] for c in touched if not c.is_fixed)
+
+    def agrees(self, program: _Program) -> bool:
+        mine, other = self.__dict__, program.look.__dict__
+        return mine == other
+
+
+def _fits(cell: Cell, form: Any) -> bool:
+    value = bind.raw_values([cell])[0]
+    return isinstance(value, jax.Array) and form is not None and form == (value.shape, value.dtype)
+
+
+class _Program:
+    """One ``jax.jit``. It names no cell: they are given to it with the values, for its traces."""
+
+    def __init__(self, fn: Any, name: str, make: Any, look: _Look) -> None:
+        self.name, self.look = name, look
+        self.bindings: list[_Binding] = []
+        self.current: tuple[_Binding, list[Any], tuple[Any, ...]] | None = None
+        self.template: Any = None
+        """How results are put together that are not just arrays."""
+
+        def traced(donated: list[Any], kept: list[Any], arrays: list[Any], lanes: Any = ()) -> Any:
+            assert self.current is not None
+            binding, roots, _ = self.current
+            kind = f"lamina.jit of {name}"
+            with Frame(kind, compiled=True, lanes=tuple(lanes), foreign=False) as frame:
+                frame.bind(binding.exchange.donated, donated)
+                frame.bind(binding.exchange.kept, kept)
+                try:
+                    result = make(fn, roots)(arrays)
+                except jax.errors.UnexpectedTracerError as error:
+                    raise ForeignTransformError(_KEPT.format(name=name)) from error
+                if missed := [c for c in frame.written if c in binding.place and
+                              binding.place[c] not in look.written]:  # fmt: skip
+                    raise UnprovenError(_VARIES.format(box=missed[0].describe(), name=name))
+                written = frame.collect(binding.exchange.written)
+                given = [*donated, *kept, *jax.tree.leaves(arrays)]
+                return apart(written, self._seal(result, binding), given)
+
+        traced.__name__ = traced.__qualname__ = name
+        self.compiled = jax.jit(traced, donate_argnums=0)
+        self.inside = jax.jit(traced)
+
+    def _seal(self, result: Any, binding: _Binding) -> list[Any]:
+        """Return the arrays of a result; keep how the rest is to be found for any binding."""
+        leaves, treedef = jax.tree.flatten(result, is_leaf=_is_leaf)
+        marks: list[Any] = []
+        for leaf in leaves:
+            if is_arraylike(leaf) and not isinstance(leaf, Box):
+                marks.append(None)
+            elif is_plain(leaf):
+                marks.append(("plain", leaf))
+            elif (place := binding.object_place(leaf)) is not None:
+                marks.append(("object", place))
+            else:
+                raise StaticWriteError(_RESULT.format(name=self.name, kind=type(leaf).__name__))
+        self.template = None if all(m is None for m in marks) else (treedef, marks)
+        arrays = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark is None]
+        return result if self.template is None else arrays
+
+    def open(self, result: Any, binding: _Binding, roots: list[Any]) -> Any:
+        """Put a result together as it is for one binding."""
+        if self.template is None:
+            return result
+        treedef, marks = self.template
+        arrays = iter(result)
+        leaves = [
+            next(arrays)
+            if mark is None
+            else mark[1]
+            if mark[0] == "plain"
+            else binding.object_at(mark[1], roots)
+            for mark in marks
+        ]
+        return jax.tree.unflatten(treedef, leaves)
+
+
+class _Binding:
+    """A program with the cells of one set of arguments, and the proof that they are still those."""
+
+    def __init__(self, program: _Program, cells: list[Cell]) -> None:
+        look = program.look
+        self.program, self.cells = program, cells
+        self.place = {cell: number for number, cell in enumerate(cells)}
+        self.exchange = Exchange(
+            [cells[i] for i in look.donated],
+            [cells[i] for i in look.kept],
+            [cells[i] for i in look.written],
+        )
+        self.draws: list[tuple[Any, int]] = [(cells[i], n) for i, n in look.draws]
+        self.loose = [cells[i] for i in look.loose]
+        self.dead: list[Any] = []
+        self.is_built = False
+        program.bindings.append(self)
+
+    def prove(self, reach: Reach, call: _Arguments, forget: Callable[[Any], None]) -> None:
+        """Take over a proof: the paths, the versions of modules, the forms of loose cells."""
+        self.steps, self.versions = reach.holds, reach.versions
+        self.objects = [weakref.ref(thing) for thing in reach.objects.values()]
+        self.numbers = {number: place for place, number in enumerate(reach.objects)}
+        self.forms = list(map(cell_form, self.loose))
+        self.dead = []
+        me = weakref.ref(self)
+
+        def release(_: Any) -> None:
+            if (binding := me()) is not None:
+                forget(binding)
+
+        # Two references each: the first, which runs in C, makes the proof void whatever happens;
+        # the second gives the cells free.
+        self.references = [
+            weakref.ref(thing, action)
+            for thing in {id(t): t for t in reach.watched}.values()
+            for action in (self.dead.append, release)
+        ]
+        reach.forget()
+
+    def holds(self, fn: Any, roots: list[Any]) -> bool:
+        """Tell whether all that the program depends on is as it was."""
+        if self.dead:
+            return False
+        for reference, revision in self.versions:
+            module = reference()
+            if module is None or module._links.revision != revision:
+                return False
+        if self.loose and list(map(cell_form, self.loose)) != self.forms:
+            return False
+        return self.steps(fn, roots)
+
+    def object_place(self, leaf: Any) -> int | None:
+        return self.numbers.get(id(leaf))
+
+    def object_at(self, number: int, roots: list[Any]) -> Any:
+        return self.objects[number]()
+
+    def run(self, arrays: list[Any], roots: list[Any]) -> Any:
+        """Call the compiled program: values out of the cells, new values back into them."""
+        program = self.program
+        if program.look.callbacks:
+            return self._run_with_callbacks(arrays, roots)
+        with LOCK:
+            program.current = (self, roots, ())
+            try:
+                result = self.exchange.run(program.compiled, arrays, program.name)
+            finally:
+                program.current = None
+            if self.draws:
+                bind.note_draws(dict(self.draws))
+        return result if program.template is None else program.open(result, self, roots)
+
+    def _run_with_callbacks(self, arrays: list[Any], roots: list[Any]) -> Any:
+        """Run without the lock, and giving nothing up: callbacks may read any box meanwhile."""
+        program, exchange = self.program, self.exchange
+        with LOCK:
+            program.current = (self, roots, ())
+            kept = bind.raw_values(exchange.kept)
+            try:
+                program.compiled.lower([], kept, arrays).compile()
+            finally:
+                program.current = None
+        written, result = program.compiled([], kept, arrays)
+        jax.block_until_ready(written)
+        with LOCK:
+            for cell, value in zip(exchange.written, written, strict=True):
+                bind.write(cell, value)
+            bind.note_draws(dict(self.draws))
+        return program.open(result, self, roots)
+
+    def run_inside(self, arrays: list[Any], roots: list[Any]) -> Any:
+        """Under grad, vmap and the like: values pass the gate, nothing is given up."""
+        program, exchange = self.program, self.exchange
+        donated = list(map(bind.read, exchange.donated))
+        kept = list(map(bind.read, exchange.kept))
+        lanes = [lane for frame in STATE.frames for lane in frame.lanes]
+        with LOCK:
+            program.current = (self, roots, ())
+            try:
+                written, result = program.inside(donated, kept, arrays, lanes)
+            finally:
+                program.current = None
+        for cell, value in zip(exchange.written, written, strict=True):
+            bind.write(cell, value)
+        bind.note_draws(dict(self.draws))
+        return program.open(result, self, roots)
+
+    def lower(self, arrays: list[Any], roots: list[Any]) -> Any:
+        program, exchange = self.program, self.exchange
+        program.current = (self, roots, ())
+        try:
+            values = bind.raw_values(exchange.donated), bind.raw_values(exchange.kept)
+            return program.compiled.lower(*values, arrays)
+        finally:
+            program.current = None
+
+
+_FOREIGN = """{name}, a function compiled by lamina.jit, is called under a plain JAX transform that \
+records a program: its parameters would be frozen into it, and what it writes would be lost.
+    wrong:  jax.jit(step), jax.lax.scan(step, ...), jax.eval_shape(step, ...)
+    right:  lamina.scan(step, ...), or call it outside
+    fix: use lamina's transform of that name, or lamina.functional_call(net, params, x) in it"""
+
+_CHANGED = """{name} changes a list, a dict, a field or a global that outlives the call: compiled, \
+it would happen once, while tracing, with arrays that exist only then. It was put back.
+    fix: return the value, keep it in a buffer (self.seen = nn.Buffer(...)), or change it outside"""
+
+_NO_PATH = """{box} is reached by {name} on a way that can't be walked again at every call (through \
+an object that is not a module, a plain object, a function, a list or a dict).
+    fix: pass its module as an argument of the compiled function"""
+
+_VARIES = """{box} is touched by {name} in this trace, and was not in the first: the function does \
+not do the same each time.
+    fix: pass what it depends on as an argument"""
+
+_KEPT = """{name} uses an array that was kept from a transform that has ended, and exists only there.
+    fix: return the array from the transformed function, or keep it in a buffer"""
+
+_RESULT = """{name} returns a {kind}, which is no array and was made inside: it would be the same \
+object in every call, with arrays that exist only while tracing.
+    fix: return arrays in tuples, lists or dicts; of a module its state_dict()"""

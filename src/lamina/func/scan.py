@@ -7,10 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from .._core.bind import Frame, Retry
-from .._core.parameter import Box
-from ._args import Constants, Split, settle, store_all
+from .._core import bind
+from .._core.bind import Cell
+from .._core.errors import DeferredError
+from .._core.module import Module
+from .._core.trees import Carrier, Partition
+from .._core.walk import cells_of
+from ._effects import Effects
 
 __all__ = ["remat", "scan"]
 
@@ -36,7 +41,10 @@ def scan(
         unroll: as in ``jax.lax.scan``.
 
     Returns:
-        ``(carry, ys)``, as ``jax.lax.scan``.
+        ``(carry, ys)``, as ``jax.lax.scan``. Random draws differ from step to step.
+
+    Raises:
+        DeferredError: if ``fn`` writes a buffer that holds nothing before the loop.
 
     Example:
         >>> import jax.numpy as jnp, lamina
@@ -46,48 +54,68 @@ def scan(
         >>> h.shape
         (2, 4)
     """
-    split = Split(xs)
-    stacked = [
-        box
-        for owner in split.owners
-        for box in owner._state_boxes()
-        if not (box._is_free and box._value is None)
-    ]
-    carried: list[Box] = []
+    inputs = Partition(xs)
+    owners = [leaf for leaf in inputs.rest if isinstance(leaf, Module)]
+    stacked = list(
+        dict.fromkeys(c for owner in owners for c in cells_of(owner) if not _is_empty(c))
+    )
+    rows = inputs.chosen, list(map(bind.read, stacked))
+    if length is None:
+        leaves = jax.tree.leaves(rows)
+        if not leaves:
+            raise ValueError("scan: give xs with a first axis to loop over, or length")
+        length = jnp.shape(leaves[0])[0]
+    carried: list[Cell] = []
+    carry_rest, out_rest = Carrier(), Carrier()
+    effects, look = Effects("lamina.scan"), Effects("lamina.scan", abstract=True)
 
-    def attempt() -> Any:
-        carry_constants, out_constants = Constants(), Constants()
-        changed: list[Box] = []
+    def body(effects: Effects, state: Any, row: Any) -> Any:
+        carry, kept = state
+        (arrays, slices), step = row
+        with effects.frame() as frame:
+            frame.drawn_before = {stream: step * count for stream, count in look.draws.items()}
+            frame.bind(carried, kept)
+            frame.bind(stacked, slices)
+            carry, y = fn(carry_rest.give(carry), inputs.combine(arrays))
+            effects.collect(frame)
+            own = set(carried)
+            changed = [cell for cell in frame.written if cell not in own]
+            return (
+                (carry_rest.take(carry), frame.collect(carried)),
+                (out_rest.take(y), frame.collect(changed)),
+            )
 
-        def body(state: Any, x: Any) -> Any:
-            carry, kept = state
-            arrays, slices = x
-            with Frame("lamina.scan") as frame:
-                frame.bind(carried, kept)
-                frame.bind(stacked, slices)
-                carry, y = fn(carry_constants.give(carry), split.join(arrays))
-                known = {*carried, *stacked}
-                new = [box for box in frame.written if box not in known]
-                if new or frame.stale:
-                    carried.extend(new)
-                    raise Retry
-                own = set(stacked)
-                changed[:] = [box for box in frame.written if box in own]
-                return (
-                    (carry_constants.take(carry), [box._value for box in carried]),
-                    (out_constants.take(y), [box._value for box in changed]),
-                )
+    first = carry_rest.take(init)
+    steps = jnp.arange(length, dtype=jnp.uint32)
+    rows = rows, steps[::-1] if reverse else steps
+    start = carry_rest.parts
+    row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), rows)
+    jax.eval_shape(functools.partial(body, look), (first, []), row)
+    carried += [cell for cell in look.written if cell not in set(stacked)]
+    carry_rest.parts = start
+    (carry, kept), (ys, slices) = jax.lax.scan(
+        functools.partial(body, effects), (first, list(map(_first, carried))), rows,
+        length=length, reverse=reverse, unroll=unroll,
+    )  # fmt: skip
+    own = set(carried)
+    effects.written = [*carried, *(cell for cell in effects.written if cell not in own)]
+    effects.draws = {stream: count * length for stream, count in effects.draws.items()}
+    effects.pass_on([*kept, *slices])
+    return carry_rest.give(carry), out_rest.give(ys)
 
-        first = carry_constants.take(init), [box._read() for box in carried]
-        rows = split.arrays, [box._read() for box in stacked]
-        (carry, kept), (ys, slices) = jax.lax.scan(
-            body, first, rows, length=length, reverse=reverse, unroll=unroll
+
+def _is_empty(cell: Any) -> bool:
+    return cell.is_empty and getattr(cell, "is_place", True)
+
+
+def _first(cell: Cell) -> Any:
+    value = bind.read(cell)
+    if value is None:
+        raise DeferredError(
+            f"{cell.describe()} is written in lamina.scan and holds nothing before the loop\n"
+            f"    fix: give it a first value of the shape that the steps write"
         )
-        store_all(carried, kept)
-        store_all(changed, slices)
-        return carry_constants.give(carry), out_constants.give(ys)
-
-    return settle(attempt, "scan")
+    return jnp.asarray(value)
 
 
 def remat(
@@ -115,25 +143,17 @@ def remat(
     """
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        split = Split((args, kwargs))
+        inputs, outputs, effects = Partition((args, kwargs)), Carrier(), Effects("lamina.remat")
 
-        def attempt() -> Any:
-            constants = Constants()
-            written: list[Box] = []
+        def pure(arrays: list[Any]) -> Any:
+            with effects.frame() as frame:
+                full, keywords = inputs.combine(arrays)
+                out = fn(*full, **keywords)
+                return outputs.take(out), effects.collect(frame)
 
-            def pure(arrays: list[Any]) -> Any:
-                with Frame("lamina.remat") as frame:
-                    full, keywords = split.join(arrays)
-                    out = fn(*full, **keywords)
-                    if frame.stale:
-                        raise Retry
-                    written[:] = frame.written
-                    return constants.take(out), frame.collect()
-
-            out, values = jax.checkpoint(pure, policy=policy, prevent_cse=prevent_cse)(split.arrays)
-            store_all(written, values)
-            return constants.give(out)
-
-        return settle(attempt, "remat")
+        remade = jax.checkpoint(pure, policy=policy, prevent_cse=prevent_cse)
+        out, values = remade(inputs.chosen)
+        effects.pass_on(values)
+        return outputs.give(out)
 
     return functools.wraps(fn, updated=())(recomputed) if hasattr(fn, "__name__") else recomputed

@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.bind import Frame, Retry
+from .._core import bind
+from .._core.bind import Cell
+from .._core.box import Box
 from .._core.errors import ForeignTransformError, ShapeError
+from .._core.fingerprint import plain_attributes, value_key
 from .._core.module import Module
-from .._core.parameter import Box
-from .._core.walk import describe, walk
-from ._args import Constants, settle, store_all
+from .._core.trees import Carrier, Partition
+from .._core.walk import cells_of, walk
+from ._effects import Effects
 
 __all__ = ["stack", "unstack", "vmap"]
 
@@ -55,74 +58,48 @@ def vmap(
     """
 
     def mapped(*args: Any, **kwargs: Any) -> Any:
-        return settle(lambda: _once(args, kwargs), "vmap")
-
-    def _once(args: Any, kwargs: Any) -> Any:
         axes = _axes(in_axes, args)
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        axis_of = [*axes, *([0] * (len(leaves) - len(axes)))]
-        arrays, array_axes, stacked, stacked_axes = [], [], [], []
-        for leaf, axis in zip(leaves, axis_of, strict=True):
-            if hasattr(leaf, "_state_boxes"):
-                if axis is not None:
-                    new = [box for box in leaf._state_boxes() if not _is_empty(box)]
-                    stacked += new
-                    stacked_axes += [axis] * len(new)
-            elif _is_array(leaf):
-                arrays.append(leaf)
-                array_axes.append(axis)
-        is_array = [_is_array(leaf) for leaf in leaves]
-        out_constants = Constants()
-        plain: list[Box] = []
-        changed: list[Box] = []
-        size = _size(arrays, array_axes, stacked, stacked_axes, axis_size)
-        state_axes = list(stacked_axes)
-        # The structure of the result is known only after the trace, so out_axes is spread then.
+        inputs = Partition((args, kwargs))
+        axis_of = [*axes, *([0] * (len(inputs.leaves) - len(axes)))]
+        array_axes = [axis for axis, use in zip(axis_of, inputs.mask, strict=True) if use]
+        stacked: dict[Cell, int] = {}
+        for leaf, axis in zip(inputs.leaves, axis_of, strict=True):
+            if isinstance(leaf, Module) and axis is not None:
+                stacked.update((c, axis) for c in cells_of(leaf) if not _is_empty(c))
+        out_rest, effects = Carrier(), Effects("lamina.vmap")
+        changed: list[Cell] = []
+        values = list(map(bind.read, stacked))
+        size = _size(inputs.chosen, array_axes, values, stacked.values(), axis_size)
 
-        def pure(values: list[Any], inner: list[Any], lane: Any) -> Any:
-            with Frame("lamina.vmap") as frame:
-                frame.lane = lane
-                frame.bind(stacked, inner)
-                source = iter(values)
-                filled = [
-                    next(source) if use else leaf
-                    for use, leaf in zip(is_array, leaves, strict=True)
-                ]
-                full, keywords = jax.tree.unflatten(treedef, filled)
+        def pure(arrays: list[Any], slices: list[Any], lane: Any) -> Any:
+            with effects.frame(lane) as frame:
+                frame.bind(stacked, slices)
+                full, keywords = inputs.combine(arrays)
                 out = fn(*full, **keywords)
-                if frame.stale:
-                    raise Retry
-                own = set(stacked)
-                changed[:] = [box for box in frame.written if box in own]
-                plain[:] = [box for box in frame.written if box not in own]
-                return (
-                    out_constants.take(out),
-                    [box._value for box in changed],
-                    [box._value for box in plain],
-                )
+                changed[:] = [cell for cell in frame.written if cell in stacked]
+                mine = frame.collect(changed)
+                for cell in changed:
+                    del frame.written[cell]
+                return out_rest.take(out), mine, effects.collect(frame)
 
-        outs = _Axes(out_axes, out_constants)
+        outs = _Axes(out_axes, out_rest)
         try:
-            result, own_values, plain_values = jax.vmap(
+            result, mine, shared = jax.vmap(
                 pure,
-                in_axes=(array_axes, state_axes, 0),
+                in_axes=(array_axes, list(stacked.values()), 0),
                 out_axes=(outs.prefix(), 0, None),
                 axis_size=axis_size,
                 axis_name=axis_name,
-            )(arrays, [box._read() for box in stacked], jnp.arange(size))
+            )(inputs.chosen, values, jnp.arange(size))
         except ValueError as error:
-            if plain and "out_axes" in str(error):
-                raise ForeignTransformError(
-                    _LANES.format(boxes=", ".join(map(describe, plain)))
-                ) from error
+            if effects.written and "out_axes" in str(error):
+                names = ", ".join(cell.describe() for cell in effects.written)
+                raise ForeignTransformError(_LANES.format(boxes=names)) from error
             raise
-        axis_by_box = dict(zip(stacked, stacked_axes, strict=True))
-        store_all(
-            changed,
-            [jnp.moveaxis(v, 0, axis_by_box[b]) for b, v in zip(changed, own_values, strict=True)],
-        )
-        store_all(plain, plain_values)
-        return out_constants.give(outs.finish(result))
+        for cell, value in zip(changed, mine, strict=True):
+            bind.write(cell, jnp.moveaxis(value, 0, stacked[cell]))
+        effects.pass_on(shared)
+        return out_rest.give(outs.finish(result))
 
     if hasattr(fn, "__name__"):
         mapped = functools.wraps(fn, updated=())(mapped)
@@ -132,9 +109,9 @@ def vmap(
 class _Axes:
     """Applies ``out_axes``: directly if it is one number, else after the call."""
 
-    def __init__(self, out_axes: Any, constants: Constants) -> None:
+    def __init__(self, out_axes: Any, rest: Carrier) -> None:
         self.out_axes = out_axes
-        self.constants = constants
+        self.rest = rest
 
     def prefix(self) -> Any:
         return self.out_axes if isinstance(self.out_axes, int) else 0
@@ -142,14 +119,13 @@ class _Axes:
     def finish(self, arrays: list[Any]) -> list[Any]:
         if isinstance(self.out_axes, int):
             return arrays
-        split = self.constants.split
-        assert split is not None
-        tree = jax.tree.unflatten(split.treedef, split.leaves)
+        parts = self.rest.parts
+        tree = jax.tree.unflatten(parts.treedef, parts.leaves)
         spread = jax.tree.leaves(
             jax.tree.broadcast(self.out_axes, tree, is_leaf=lambda x: x is None),
             is_leaf=lambda x: x is None,
         )
-        chosen = [axis for axis, use in zip(spread, split.is_array, strict=True) if use]
+        chosen = [axis for axis, use in zip(spread, parts.mask, strict=True) if use]
         return [
             array[0] if axis is None else jnp.moveaxis(array, 0, axis)
             for array, axis in zip(arrays, chosen, strict=True)
@@ -169,25 +145,17 @@ def _axes(in_axes: Any, args: tuple[Any, ...]) -> list[Any]:
     return jax.tree.leaves(spread, is_leaf=lambda x: x is None)
 
 
-def _size(
-    arrays: list[Any], axes: list[Any], boxes: list[Box], box_axes: list[int], given: int | None
-) -> int:
-    for array, axis in zip(arrays, axes, strict=True):
+def _size(arrays: Any, axes: Any, values: Any, value_axes: Any, given: int | None) -> int:
+    for array, axis in [*zip(arrays, axes, strict=True), *zip(values, value_axes, strict=True)]:
         if axis is not None:
             return jnp.shape(array)[axis]
-    for box, axis in zip(boxes, box_axes, strict=True):
-        return box._read().shape[axis]
     if given is None:
         raise ValueError("vmap: nothing is mapped; give an axis in in_axes, or axis_size")
     return given
 
 
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") or isinstance(leaf, (bool, int, float, complex))
-
-
-def _is_empty(box: Box) -> bool:
-    return box._is_free and box._value is None
+def _is_empty(cell: Any) -> bool:
+    return cell.is_empty and getattr(cell, "is_place", True)
 
 
 def stack(models: Sequence[Module]) -> Module:
@@ -213,7 +181,7 @@ def stack(models: Sequence[Module]) -> Module:
     models = list(models)
     if not models:
         raise ValueError("stack: expected at least one model, got none")
-    columns = [{name: box for box, name in walk(model).names.items()} for model in models]
+    columns = [dict(walk(model).entries) for model in models]
     problems = []
     for place, other in enumerate(columns[1:], 1):
         for name in sorted(columns[0].keys() ^ other.keys()):
@@ -225,13 +193,49 @@ def stack(models: Sequence[Module]) -> Module:
                     f"  {name}: {columns[0][name].shape} in model 0, {other[name].shape} in model "
                     f"{place}"
                 )
+        if walk(models[0]).aliases != walk(models[place]).aliases:
+            problems.append(f"  the ties of model 0 and of model {place} differ")
+        problems += _different_attributes(models[0], models[place], place)
     if problems:
-        raise ShapeError("these models can't be stacked:\n" + "\n".join(problems))
+        raise ShapeError(
+            "these models can't be stacked:\n"
+            + "\n".join(problems)
+            + "\n    fix: build them alike; what shall differ between them belongs in a parameter "
+            "or buffer"
+        )
     twin = copy.deepcopy(models[0])
-    for box, name in walk(twin).names.items():
-        if not _is_empty(box):
-            _replace(box, jnp.stack([column[name]._read() for column in columns]))
+    for name, box in walk(twin).entries:
+        if box.state != "empty" and walk(twin).names[box] == name:
+            box.replace(jnp.stack([column[name].data for column in columns]))
+    for name, module in walk(twin).modules:
+        for key, cell in module._arrays.items():
+            values = [getattr(model.get_submodule(name), key) for model in models]
+            bind.write(cell, jnp.stack(list(map(jnp.asarray, values))))
     return twin
+
+
+def _different_attributes(first: Module, other: Module, place: int) -> list[str]:
+    """List the plain attributes, types and modes in which two models of the same names differ."""
+    problems = []
+    others = dict(walk(other).modules)
+    for name, module in walk(first).modules:
+        twin = others.get(name)
+        if twin is None:
+            continue
+        prefix = f"{name}." if name else ""
+        facts, theirs = plain_attributes(module), plain_attributes(twin)
+        for key in facts.keys() | theirs.keys():
+            if value_key(facts.get(key)) != value_key(theirs.get(key)):
+                problems.append(
+                    f"  {prefix}{key}: {facts.get(key)!r} in model 0, {theirs.get(key)!r} in model "
+                    f"{place}"
+                )
+        if type(module) is not type(twin):
+            problems.append(
+                f"  {name or 'the model'}: {type(module).__name__} in model 0, "
+                f"{type(twin).__name__} in model {place}"
+            )
+    return problems
 
 
 def unstack(model: Module) -> list[Module]:
@@ -244,25 +248,22 @@ def unstack(model: Module) -> list[Module]:
         >>> len(models), models[0].weight.shape
         (2, (2, 3))
     """
-    sizes = {box._read().shape[0] for box in walk(model).names if not _is_empty(box)}
+    sizes = {jnp.shape(bind.read(c))[0] for c in cells_of(model) if not _is_empty(c)}
     if len(sizes) != 1:
         raise ShapeError(f"unstack: expected one common first axis, got sizes {sorted(sizes)}")
     result = []
     for place in range(sizes.pop()):
         twin = copy.deepcopy(model)
-        for box in walk(twin).names:
-            if not _is_empty(box):
-                _replace(box, box._read()[place])
+        for cell in cells_of(twin):
+            if isinstance(cell, Box) and not _is_empty(cell):
+                cell.replace(cell.data[place])
+            elif not _is_empty(cell):
+                bind.write(cell, bind.read(cell)[place])
         result.append(twin)
     return result
 
 
-def _replace(box: Box, value: jax.Array) -> None:
-    box._value = box._exposed = value
-    box._shape = tuple(value.shape)
-
-
 _LANES = """the lanes of lamina.vmap may write different values into {boxes}, which all lanes share.
-    mend:  stack the model, so that each lane has its own:  lamina.vmap(f, in_axes=(0, ...))
-    or:    net.eval(), if the layer needs no new state
-    or:    write after vmap, from the returned values"""
+    right:  stack the models, so that each lane has its own:  lamina.vmap(f, in_axes=(0, ...))
+    fix: stack the models, or net.eval() if the layer needs no new state, or write after vmap, from \
+the returned values"""

@@ -57,7 +57,7 @@ def export_onnx(
     except ImportError as error:
         raise LaminaError(
             f"export_onnx needs jax2onnx, which can't be imported: {error}\n"
-            f'    mend:  pip install "lamina[onnx]"\n'
+            f'    fix: pip install "lamina[onnx]"\n'
             f"    or:    pip install jax2onnx onnxruntime"
         ) from error
     if any(not hasattr(spec, "shape") for spec in specs):

@@ -52,14 +52,14 @@ def prepare(net: Module, specs: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[
     """
     shapes = jax.tree.map(abstractify, specs)
     boxes = walk(net).names
-    if any(box._awaits_shapes and not box._is_free for box in boxes):
+    if any(box.state == "unshaped" for box in boxes):
         infer(net, *shapes)
         boxes = walk(net).names
-    unknown = [name for box, name in boxes.items() if box._awaits_shapes and not box._is_free]
+    unknown = [name for box, name in boxes.items() if box.state == "unshaped"]
     if unknown:
         raise DeferredError(
             f"export: forward does not tell the sizes of {', '.join(unknown)}\n"
-            f"    mend:  give them sizes, or remove what is not used"
+            f"    fix: give them sizes, or remove what is not used"
         )
-    values = {name: box.data for box, name in boxes.items() if box.is_material or not box._is_free}
+    values = {name: box.data for box, name in boxes.items() if box.state != "empty"}
     return shapes, values

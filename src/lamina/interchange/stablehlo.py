@@ -21,7 +21,7 @@ import numpy as np
 
 from .._core.errors import FileError, LaminaError, TypeMismatchError
 from .._core.module import Module
-from .._core.state import StateDict
+from .._core.state_dict import StateDict
 from .._core.walk import walk
 from ..func import functional_call
 from ..io.arrays import to_jax
@@ -113,7 +113,7 @@ class ExportedModule:
         except ValueError as error:
             raise TypeMismatchError(
                 f"{os.fspath(path)}: the program can't be saved: {error}\n"
-                f"    mend:  let forward take and return arrays in lists, tuples and dicts"
+                f"    fix: let forward take and return arrays in lists, tuples and dicts"
             ) from error
         content = StateDict(self.weights)
         content[_PROGRAM] = np.frombuffer(program, np.uint8)
@@ -264,7 +264,7 @@ def _deserialize(file: TensorFile) -> jax.export.Exported:
 
 
 _NEEDS = """JAX needs the package flatbuffers to read and write programs: {error}
-    mend:  pip install "lamina[export]"
+    fix: pip install "lamina[export]"
     or:    pip install flatbuffers"""
 _PYTHON_CALL = re.compile(r"custom_call[^\n]*?([\w.]*callback[\w.]*)")
 

@@ -140,10 +140,10 @@ class Checkpoints:
         _check_net(net)
         if not force and step % self.every:
             return False
-        if bind.STATE.frames or bind.under_foreign_trace():
+        if bind.STATE.frames or bind.under_foreign():
             raise ForeignTransformError(
                 "checkpoints.save was called inside a transform, where there are no values yet\n"
-                "    mend:  call it after the compiled step has returned"
+                "    fix: call it after the compiled step has returned"
             )
         self.wait()
         os.makedirs(self.directory, exist_ok=True)
@@ -256,7 +256,7 @@ class Checkpoints:
         if self._best is None:
             raise ValueError(
                 "checkpoints.best: which metric?\n"
-                '    mend:  lamina.Checkpoints(directory, best="min:loss")'
+                '    fix: lamina.Checkpoints(directory, best="min:loss")'
             )
         self._join()
         return _best_of(find_steps(self.directory), *self._best)
@@ -316,7 +316,7 @@ class Checkpoints:
             has = f"there are {there}" if there else "there are none at all"
             raise FileNotFoundError(
                 f"{self.directory}: {what}, {has}\n"
-                f"    mend:  if checkpoints.latest() is not None: checkpoints.restore(net, opt)"
+                f"    fix: if checkpoints.latest() is not None: checkpoints.restore(net, opt)"
             )
         return found
 
@@ -349,7 +349,7 @@ def _mend(older: int | None) -> str:
     if older is None:
         return "\n    there is no older step"
     return (
-        f"\n    mend:  checkpoints.restore(net, opt, step={older})"
+        f"\n    fix: checkpoints.restore(net, opt, step={older})"
         f"\n    or:    checkpoints.restore(net, opt, fallback=True)"
     )
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.bind import Frame
-from .._core.errors import LoadError, did_you_mean, format_shape
-from .._core.parameter import Box, canonical
-from .._core.state import StateMixin
+from .._core.box import Box
+from .._core.errors import LoadError, did_you_mean
+from .._core.shapes import canonical
+from .._core.state_dict import misfit, takes_extra_state, translates
 from .._core.walk import Tree, walk
 from .match import Match, match_names, suggest_part, suggest_prefix
 from .place import Item, place_all, same_data
@@ -153,7 +154,7 @@ def load_into(
             )  # fmt: skip
     tree = walk(net)
     content = Source(source)
-    boxes = {name: box for name, box, _ in tree.entries if getattr(box, "persistent", True)}
+    boxes = {name: box for name, box in tree.entries if getattr(box, "persistent", True)}
     rules = None if rename is None else Renaming(rename)
     match = match_names(
         content.names, boxes.keys(), rename=rules, prefix=prefix, parts=content.parts
@@ -208,13 +209,13 @@ class _Plan:
             name
             for box, name in tree.names.items()
             if name in boxes
-            and not getattr(box, "_is_empty", False)
+            and box.state != "empty"
             and (chosen is None or box in chosen)
             and id(box) not in taken
         ]
         self._take_extra_state()
         self._ask_modules()
-        self.assign = any(item.dtype != item.box._dtype for item in self.items)
+        self.assign = any(item.dtype != item.box.declared_dtype for item in self.items)
 
     def _fill(self) -> None:
         """Make one item for each box that the source has, and compare the values of ties."""
@@ -237,7 +238,7 @@ class _Plan:
                         f"different values; untie the parameters or drop one of the names"
                     )
                     self.problems.append(f"{name}: {what}")
-            item = Item(self.tree.names[box], first, box, value, box._dtype)
+            item = Item(self.tree.names[box], first, box, value, box.declared_dtype)
             problem, target = _fit(item, self.dtype)
             if problem:
                 there = "" if first == name else f" [{first} in the source]"
@@ -246,7 +247,7 @@ class _Plan:
 
     def _take_extra_state(self) -> None:
         for name, module in self.tree.modules:
-            if type(module).set_extra_state is StateMixin.set_extra_state:
+            if not takes_extra_state(module):
                 continue
             key = f"{name}.{EXTRA}" if name else EXTRA
             place = self.match.prefix + key
@@ -263,7 +264,7 @@ class _Plan:
 
         The state dict is loaded once with stand-ins, which take no memory, and taken back.
         """
-        if self.chosen is not None or not any(map(_translates, self.net.modules())):
+        if self.chosen is not None or not any(map(translates, self.net.modules())):
             return
         strangers = {
             new: old for old, new in self.unexpected.items() if not self.content.refused(old)
@@ -276,7 +277,7 @@ class _Plan:
         stand_ins = {
             name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items() if name not in bad
         }
-        before = [(box, box._shape, box._dtype) for box in self.tree.names]
+        before = [(box, box.known_shape, box.declared_dtype) for box in self.tree.names]
         answer: list[Any] = []
 
         def load(state: dict[str, Any]) -> None:
@@ -293,7 +294,7 @@ class _Plan:
             return  # it wants to see values; the load itself will tell
         finally:
             for box, shape, known in before:
-                box._shape, box._dtype = shape, known
+                box.reform(shape, known)
         missing = set(answer[0].missing_keys)
         unknown = set(answer[0].unexpected_keys)
         self.missing = [name for name in self.missing if name in missing]
@@ -334,7 +335,7 @@ class _Plan:
         if len(self.problems) > _MOST_LINES:
             lines.append(f"  ... and {len(self.problems) - _MOST_LINES} more")
         if lines:
-            mend = "".join(f"\n  mend: {text}" for text in mends)
+            mend = "".join(f"\n  fix: {text}" for text in mends)
             raise LoadError(
                 f"{self.content.label} does not fit {type(self.net).__name__}; nothing was "
                 f"loaded:\n" + "\n".join(lines) + mend
@@ -344,7 +345,7 @@ class _Plan:
         """What to say of names of non-persistent buffers."""
         return {
             name: " (a buffer that is not saved; it comes from its recipe)"
-            for name, _, _ in self.tree.entries
+            for name, _ in self.tree.entries
             if name not in self.boxes
         }
 
@@ -381,12 +382,6 @@ class _Plan:
         )
 
 
-def _translates(module: Any) -> bool:
-    """Whether a module reads its values in its own way."""
-    own = type(module)._load_from_state_dict is not StateMixin._load_from_state_dict
-    return own or bool(module._load_pre_hooks)
-
-
 def _wanted(dtype: Any) -> Any:
     if dtype is None or (isinstance(dtype, str) and dtype in ("model", "file")):
         return dtype
@@ -419,22 +414,14 @@ def _chosen(boxes: dict[str, Box], only: str | Sequence[str] | None) -> set[Box]
 def _fit(item: Item, wanted: Any) -> tuple[str, np.dtype]:
     """Return what is wrong with the shape or dtype of a value, and the dtype its box will have."""
     box, value = item.box, item.value
-    own = np.dtype(box._dtype)
+    own = np.dtype(box.declared_dtype)
     if isinstance(value, TensorHandle) and value.refused:
         return value.refused, own
     problems = []
-    shape, given = box.shape, tuple(value.shape)
-    if not box._is_free and (box._shape is not None or box.is_material):
-        fits = len(shape) == len(given) and all(
-            a is None or a == b for a, b in zip(shape, given, strict=True)
-        )
-        if not fits:
-            problems.append(
-                f"expected shape {format_shape(shape)}, got {format_shape(given)}"
-                f"{_transposed(tuple(shape), given)}"
-            )
+    if problem := misfit(box, tuple(value.shape)):
+        problems.append(problem)
     there = np.dtype(value.dtype)
-    if box._is_free or wanted == "file":
+    if box.is_place or wanted == "file":
         return "; ".join(problems), there
     if isinstance(wanted, np.dtype):
         floating = jnp.issubdtype(there, jnp.floating) and jnp.issubdtype(own, jnp.floating)
@@ -455,16 +442,6 @@ def _rank(dtype: np.dtype) -> int:
     """Bool, integer, float, complex: a value may be cast to a later kind."""
     kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
     return next((i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), len(kinds))
-
-
-def _transposed(shape: tuple[Any, ...], given: tuple[int, ...]) -> str:
-    """A hint if the value fits with its axes in another order that is in use."""
-    orders = {2: [(1, 0)], 3: [(2, 1, 0)], 4: [(3, 2, 0, 1)], 5: [(4, 3, 0, 1, 2)]}
-    for order in orders.get(len(given), []):
-        if len(shape) == len(given) and tuple(given[i] for i in order) == shape:
-            how = "value.T" if len(given) == 2 else f"value.transpose{order}"
-            return f"; it fits transposed: {how}"
-    return ""
 
 
 def _listed(

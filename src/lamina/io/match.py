@@ -150,7 +150,7 @@ def _choose(
         shown = ", ".join(map(repr, best))
         raise LoadError(
             f"several parts fit the model, {most} names each: {shown}; nothing was loaded.\n"
-            f"  mend: name the one you want, prefix={best[0]!r}"
+            f"  fix: name the one you want, prefix={best[0]!r}"
         )
     return best[0]
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core.box import Box
 from .._core.errors import LoadError
-from .._core.parameter import Box, canonical
+from .._core.shapes import canonical
 from .arrays import to_jax
 from .mounts import on_network
 from .tensorfile import TensorHandle, same_bytes
@@ -112,8 +113,8 @@ def _floats(dtype: np.dtype) -> bool:
 
 def _sharding(box: Box) -> Any:
     """Where a box wants its value: as told, or where its present value is."""
-    if box._sharding is not None or not box.is_material:
-        return box._sharding
+    if box.declared_sharding is not None or not box.is_material:
+        return box.declared_sharding
     default = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore
     return None if box.sharding.device_set == {default} else box.sharding
 

@@ -63,7 +63,7 @@ class Renaming:
         else:
             raise RuleError(
                 f"rename rules are a dict, a list of pairs or a function, got {rules!r:.100}; "
-                f'mend: {{"old.*.weight": "new.{{0}}.weight"}}'
+                f'fix: {{"old.*.weight": "new.{{0}}.weight"}}'
             )
 
     def __call__(self, name: str) -> str | None:
@@ -130,7 +130,7 @@ class Renaming:
         raise RuleError(
             "these rename rules have no effect:\n"
             + "\n".join(lines)
-            + "\n  mend: correct them, or Renaming(rules, allow_unused=True)"
+            + "\n  fix: correct them, or Renaming(rules, allow_unused=True)"
         )
 
     def invert(self) -> Renaming:

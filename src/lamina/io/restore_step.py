@@ -12,7 +12,7 @@ import numpy as np
 from .._core.errors import FileError, LoadError
 from .._core.module import Module
 from .._core.random import DEFAULT
-from .._core.state import all_or_nothing
+from .._core.state_dict import all_or_nothing
 from .._core.walk import walk
 from .arrays import to_jax
 from .native import load
@@ -73,7 +73,7 @@ def restore_step(
     if record.x64 and jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
         raise LoadError(
             f"{path}: was saved with 64-bit types on, which are off now\n"
-            f'    mend:  jax.config.update("jax_enable_x64", True)'
+            f'    fix: jax.config.update("jax_enable_x64", True)'
         )
     with contextlib.ExitStack() as stack:
         files = {
@@ -117,6 +117,6 @@ def _model_state(file: TensorFile) -> dict[str, Any]:
 @contextlib.contextmanager
 def _all_or_nothing(net: Module | None) -> Iterator[None]:
     """Give boxes and generator back what they held if the block fails."""
-    boxes = [] if net is None else walk(net).boxes
-    with all_or_nothing([*boxes, DEFAULT._seed, DEFAULT._offset]):
+    boxes = [] if net is None else list(walk(net).names)
+    with all_or_nothing([*boxes, DEFAULT.stream]):
         yield

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._core.errors import TypeMismatchError
 from .._core.module import Module
-from .._core.state import StateDict
+from .._core.state_dict import StateDict
 from .arrays import is_array
 from .strict_json import parse_json
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core.box import Box
 from .._core.errors import LoadError
-from .._core.parameter import Box
 from .arrays import to_numpy
 from .tensorfile import TensorFile, TensorHandle
 

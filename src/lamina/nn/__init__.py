@@ -1,10 +1,16 @@
 """Layers, containers, initialisation and functional forms, with PyTorch's names."""
 
-from .._core.containers import ModuleDict, ModuleList, ParameterDict, ParameterList, Sequential
-from .._core.module import Module
-from .._core.parameter import Buffer, Parameter
+from .._core.box import Buffer, Parameter
 from . import functional, init, utils
 from .activation import GELU, ReLU, Sigmoid, Softmax, Tanh
+from .containers import (
+    Module,
+    ModuleDict,
+    ModuleList,
+    ParameterDict,
+    ParameterList,
+    Sequential,
+)
 from .conv import Conv2d, LazyConv2d
 from .dropout import Dropout
 from .flatten import Flatten

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._core.module import Module
 from . import functional as F
+from .containers import Module
 
 __all__ = ["GELU", "ReLU", "Sigmoid", "Softmax", "Tanh"]
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._core.module import Module
-from .._core.parameter import Parameter, array, as_sharding
+from .._core.box import Parameter, array
+from .._core.shapes import as_sharding
 from . import functional as F
+from .containers import Module
 from .functional._arguments import spatial_tuple
 from .init import FanInUniform, KaimingUniform
 
@@ -74,7 +75,7 @@ class _Conv(Module):
         )
         if bias:
             self.bias = Parameter(
-                shape=(out_channels,), init=FanInUniform(self._fan_in()), **options
+                shape=(out_channels,), init=FanInUniform(of=self.weight), **options
             )
         else:
             self.register_parameter("bias", None)
@@ -82,10 +83,6 @@ class _Conv(Module):
     def _weight_shape(self) -> tuple[int | None, ...]:
         per_group = self.in_channels // self.groups if self.in_channels else None
         return (self.out_channels, per_group, *self.kernel_size)
-
-    def _fan_in(self) -> int | None:
-        per_group = self._weight_shape()[1]
-        return None if per_group is None else per_group * math.prod(self.kernel_size)
 
     def infer_shapes(self, input: Any) -> None:
         """Take ``in_channels`` from the channel axis of the input."""
@@ -97,8 +94,6 @@ class _Conv(Module):
             )
         self.in_channels = channels
         self.weight.shape = self._weight_shape()
-        if self.bias is not None:
-            self.bias._default_init(FanInUniform(self._fan_in()))
 
     def extra_repr(self) -> str:
         """Return the sizes and the options that are not the default."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._core.box import Buffer, Parameter
 from .._core.errors import LaminaError
-from .._core.module import Module
-from .._core.parameter import Buffer, Parameter, as_sharding
+from .._core.shapes import as_sharding
+from .containers import Module
 
 __all__ = ["LazyModuleMixin", "UninitializedBuffer", "UninitializedParameter"]
 
@@ -49,10 +50,6 @@ class LazyModuleMixin(Module):
     def infer_shapes(self, *args: Any, **kwargs: Any) -> None:
         """Run ``initialize_parameters``."""
         self.initialize_parameters(*args, **kwargs)
-
-    def has_uninitialized_params(self) -> bool:
-        """Tell whether some size of the layer's own parameters or buffers is unknown."""
-        return any(box.is_unshaped and not box._is_free for _, box in self._own_boxes())
 
     def _infer_parameters(self, module: Any, args: Any, kwargs: Any = None) -> None:
         module._infer_own(args, kwargs or {})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .._core.module import Module
-from .._core.parameter import Parameter, as_sharding
+from .._core.box import Parameter
+from .._core.shapes import as_sharding
 from . import functional as F
+from .containers import Module
 from .init import FanInUniform, KaimingUniform
 
 __all__ = ["Identity", "LazyLinear", "Linear"]
@@ -71,7 +72,9 @@ class Linear(Module):
             shape=(out_features, in_features), init=KaimingUniform(a=math.sqrt(5)), **options
         )
         if bias:
-            self.bias = Parameter(shape=(out_features,), init=FanInUniform(in_features), **options)
+            self.bias = Parameter(
+                shape=(out_features,), init=FanInUniform(of=self.weight), **options
+            )
         else:
             self.register_parameter("bias", None)
 
@@ -79,8 +82,6 @@ class Linear(Module):
         """Take ``in_features`` from the last axis of the input."""
         self.in_features = input.shape[-1]
         self.weight.shape = (self.out_features, self.in_features)
-        if self.bias is not None:
-            self.bias._default_init(FanInUniform(self.in_features))
 
     def extra_repr(self) -> str:
         """Return the sizes."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._core.module import Module
-from .._core.parameter import Buffer
+from .._core.box import Buffer
 from . import functional as F
+from .containers import Module
 from .functional._arguments import resolve_reduction
 
 __all__ = ["CrossEntropyLoss", "MSELoss"]

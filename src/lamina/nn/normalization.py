@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from .._core.box import Buffer, Parameter
 from .._core.errors import ShapeError, format_shape
-from .._core.module import Module
-from .._core.parameter import Buffer, Parameter, array, as_sharding
+from .._core.shapes import as_sharding
+from .._core.walk import own_boxes
 from . import functional as F
+from .containers import Module
 from .init import Ones, Zeros
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "LayerNorm", "LazyBatchNorm1d", "LazyBatchNorm2d"]
@@ -60,15 +62,14 @@ class _BatchNorm(Module):
     def reset_running_stats(self) -> None:
         """Forget the running statistics."""
         if self.track_running_stats:
-            self.running_mean.initialize(Zeros())
-            self.running_var.initialize(Ones())
-            self.num_batches_tracked.initialize(Zeros())
+            for name in ("running_mean", "running_var", "num_batches_tracked"):
+                self.get_buffer(name).initialize()
 
     def infer_shapes(self, input: Any) -> None:
         """Take ``num_features`` from axis 1 of the input."""
         self._check(input)
         self.num_features = input.shape[1]
-        for _, box in self._own_boxes():
+        for _, box in own_boxes(self):
             if box.is_unshaped:
                 box.shape = (self.num_features,)
 
@@ -96,11 +97,14 @@ class _BatchNorm(Module):
         if update:
             self.num_batches_tracked += 1
             if self.momentum is None:  # the mean over all batches so far
-                momentum = 1 / array(self.num_batches_tracked)
+                momentum = 1 / self.num_batches_tracked
+        mean = variance = None
+        if self.track_running_stats:
+            mean, variance = self.get_buffer("running_mean"), self.get_buffer("running_var")
         return F.batch_norm(
             input,
-            self.running_mean if not self.training or update else None,
-            self.running_var if not self.training or update else None,
+            mean,
+            variance,
             self.weight,
             self.bias,
             self.training or not self.track_running_stats,
@@ -291,8 +295,8 @@ class LayerNorm(Module):
                 f"LayerNorm: expected at least {count} axes, got shape {format_shape(input.shape)}"
             )
         self.normalized_shape = tuple(input.shape[-count:])
-        for _, box in self._own_boxes():
-            box.shape = self.normalized_shape
+        for parameter in self.parameters(recurse=False):
+            parameter.shape = self.normalized_shape
 
     def extra_repr(self) -> str:
         """Return the options."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._core.module import Module
-from .._core.parameter import Parameter, array, as_sharding
+from .._core.box import Parameter, array
+from .._core.shapes import as_sharding
 from . import functional as F
+from .containers import Module
 from .init import Normal
 
 __all__ = ["Embedding"]

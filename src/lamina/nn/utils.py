@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._core.box import Parameter, array
 from .._core.errors import ShapeError
-from .._core.parameter import Parameter, array
 
 __all__ = [
     "clip_grad_norm_",
@@ -162,5 +162,5 @@ def vector_to_parameters(vec: Any, parameters: Iterable[Parameter]) -> None:
     start = 0
     for p in chosen:
         stop = start + p.numel()
-        p.copy_(vec[start:stop].reshape(p._known_shape()))
+        p.copy_(vec[start:stop].reshape(p.size()))
         start = stop

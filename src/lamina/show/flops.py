@@ -15,8 +15,9 @@ from typing import Any
 import jax
 
 from .._core.bind import Frame
+from .._core.fingerprint import plain_attributes, value_key
 from .._core.module import Module
-from .._core.walk import fingerprint, static_value, walk
+from .._core.walk import walk
 from .shapes import abstract
 
 __all__ = ["Call", "count_flops"]
@@ -99,13 +100,17 @@ def _own(call: Call, replaced: list[Call], cache: dict[Hashable, float | None]) 
 
 def _key(call: Call) -> Hashable:
     boxes = tuple((box.shape, str(box.dtype)) for box in walk(call.module).names)
-    return fingerprint(call.module)[0], boxes, _signature(call.args, call.kwargs)
+    facts = tuple(
+        (name, type(module), value_key(plain_attributes(module)))
+        for name, module in walk(call.module).modules
+    )
+    return facts, boxes, _signature(call.args, call.kwargs)
 
 
 def _signature(args: Any, kwargs: Any) -> Hashable:
     leaves, treedef = jax.tree.flatten((args, kwargs))
     return treedef, tuple(
-        (leaf.shape, str(leaf.dtype)) if _is_array(leaf) else static_value(leaf) for leaf in leaves
+        (leaf.shape, str(leaf.dtype)) if _is_array(leaf) else value_key(leaf) for leaf in leaves
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .._core.box import Box
 from .._core.errors import ShapeError, format_shape
-from .._core.parameter import Box
 
 # Of the siblings' this only takes the one way in which a file is replaced in one step.
 from ..io.atomic import replacing
@@ -81,7 +81,7 @@ def save_image(
         raise ShapeError(
             f"save_image: expected a shape of two to four sizes, (height, width), (tiles, height, "
             f"width) or (out, in, height, width), got {format_shape(values.shape)}; "
-            f"mend: value.reshape(tiles, height, width)"
+            f"fix: value.reshape(tiles, height, width)"
         )
     if np.iscomplexobj(values):
         values = np.abs(values)

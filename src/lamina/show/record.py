@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from .._core.bind import STATE, trace_state
+from .._core.bind import STATE, trace_mark
+from .._core.box import Box, Parameter
 from .._core.materialize import infer
 from .._core.module import Module
-from .._core.parameter import Box, Parameter
-from .._core.walk import Tree, walk
+from .._core.walk import Tree, own_boxes, walk
 from .flops import Call, count_flops
 from .shapes import abstract, describe_shapes
 
@@ -171,7 +171,7 @@ def record(net: Module, specs: tuple[Any, ...], kwargs: dict[str, Any], flops: b
                 name=name,
                 kind=type(module).__name__,
                 depth=name.count(".") + 1 if name else 0,
-                boxes=tuple(boxes[_join(name, key)] for key, _ in module._own_boxes()),
+                boxes=tuple(boxes[_join(name, key)] for key, _ in own_boxes(module)),
                 size=sizes.get(name, Size()),
                 calls=len(own),
                 output=describe_shapes(own[-1].output) if own else None,
@@ -210,7 +210,7 @@ class _Recorder:
     def enter(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         while self.stack and self.stack[-1].dead:
             self.stack.pop()
-        trace = (tuple(STATE.frames), trace_state())
+        trace = (tuple(STATE.frames), trace_mark())
         call = Call(module, abstract(args), abstract(kwargs), trace)
         if self.stack:
             parent = self.stack[-1]
@@ -232,29 +232,23 @@ class _Recorder:
 
 
 def _box_rows(tree: Tree) -> dict[str, BoxRow]:
-    return {name: _box_row(name, box, tree.aliases.get(name)) for name, box, _ in tree.entries}
+    return {name: _box_row(name, box, tree.aliases.get(name)) for name, box in tree.entries}
 
 
 def _box_row(name: str, box: Box, tied_to: str | None) -> BoxRow:
-    shape = None if box._value is None and box._shape is None else box.shape
-    empty = box._is_free and not box.is_material
     known = not box.is_unshaped
     return BoxRow(
         name=name,
         kind="parameter" if isinstance(box, Parameter) else "buffer",
-        shape=shape,
+        shape=box.known_shape,
         dtype=str(box.dtype),
         trainable=bool(getattr(box, "requires_grad", False)),
         recipe=recipe_text(box.init),
-        state="empty" if empty else "unshaped" if not known else _state(box),
+        state=box.state if known or box.state == "empty" else "unshaped",
         tied_to=tied_to,
         elements=box.numel() if known else None,
         nbytes=box.nbytes if known else None,
     )
-
-
-def _state(box: Box) -> str:
-    return "material" if box.is_material else "abstract"
 
 
 def recipe_text(recipe: Any) -> str:

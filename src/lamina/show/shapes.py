@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._core.box import Box
 from .._core.errors import format_shape
-from .._core.parameter import Box
 
 __all__ = ["abstract", "describe_shapes"]
 

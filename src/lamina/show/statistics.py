@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core.box import Box
 from .._core.errors import TypeMismatchError, format_shape
-from .._core.parameter import Box
 from .._core.walk import describe as label
 from .record import recipe_text
 

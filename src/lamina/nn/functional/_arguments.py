@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ..._core.box import Box, array
 from ..._core.errors import ShapeError
-from ..._core.parameter import Box, array
 
 Tensor: TypeAlias = Box | ArrayLike
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..._core.parameter import array
+from ..._core.box import array
 from ._arguments import Tensor, float_array, resolve_axis, widen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ..._core.parameter import array
+from ..._core.box import array
 from ..._core.random import next_key
 from ._arguments import Tensor
 

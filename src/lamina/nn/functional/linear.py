@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..._core.box import array
 from ..._core.errors import DataDependentError, ShapeError, TypeMismatchError, format_shape
-from ..._core.parameter import array
 from ._arguments import Tensor, per_channel, resolve_axis, same_dtype, widen
 
 

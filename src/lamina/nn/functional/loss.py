@@ -7,8 +7,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 
+from ..._core.box import array
 from ..._core.errors import ShapeError, TypeMismatchError, format_shape
-from ..._core.parameter import array
 from ._arguments import Tensor, float_array, per_channel, resolve_reduction, same_dtype, widen
 
 

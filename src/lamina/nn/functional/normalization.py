@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..._core.box import Box, array
 from ..._core.errors import ShapeError, TypeMismatchError, format_shape
-from ..._core.parameter import Box, array
 from ._arguments import Tensor, float_array, per_channel, widen
 
 

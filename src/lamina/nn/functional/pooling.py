@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..._core.box import array
 from ..._core.errors import ShapeError, format_shape
-from ..._core.parameter import array
 from ._arguments import Tensor, spatial_tuple, widen
 
 

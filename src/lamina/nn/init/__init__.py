@@ -21,7 +21,8 @@ Example:
     2.bias     (2,)    '*.bias'    Zeros()
 """
 
-from .distributions import Mixture, Normal, Orthogonal, Sparse, TruncatedNormal, Uniform
+from ..._core.recipe import Normal, Uniform
+from .distributions import Mixture, Orthogonal, Sparse, TruncatedNormal
 from .fixed import Constant, Dirac, Eye, Ones, Value, Zeros
 from .functions import (
     constant_,

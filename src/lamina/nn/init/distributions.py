@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ..._core.errors import ShapeError, format_shape
-from .recipe import (
+from ..._core.recipe import (
     Checked,
     Key,
     Number,
@@ -19,73 +19,10 @@ from .recipe import (
     check_matrix,
     check_std,
     draw_normal,
-    draw_uniform,
     drawing_dtype,
     is_number,
     static,
 )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Uniform(Checked):
-    """Uniform on [a, b).
-
-    Args:
-        a: lower bound (default 0).
-        b: upper bound (default 1).
-
-    Raises:
-        ValueError: if ``a > b``.
-
-    Example:
-        >>> import jax
-        >>> from lamina import nn
-        >>> draw = nn.init.Uniform(-0.1, 0.1)(jax.random.key(0), (100,), "float32")
-        >>> bool((abs(draw) <= 0.1).all())
-        True
-    """
-
-    a: Number = 0.0
-    b: Number = 1.0
-
-    def __post_init__(self) -> None:
-        if is_number(self.a) and is_number(self.b) and self.a > self.b:
-            raise ValueError(f"Uniform: expected a <= b, got a={self.a} and b={self.b}.")
-
-    def __call__(self, key: Key, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        return draw_uniform(key, shape, dtype, self.a, self.b)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Normal(Checked):
-    """Normal distribution.
-
-    Args:
-        mean: default 0.
-        std: standard deviation (default 1).
-
-    Raises:
-        ValueError: if ``std`` is negative.
-
-    Example:
-        >>> import jax
-        >>> from lamina import nn
-        >>> nn.init.Normal(std=0.01)
-        Normal(mean=0.0, std=0.01)
-        >>> nn.init.Normal(std=0.01)(jax.random.key(0), (2, 3), "float32").shape
-        (2, 3)
-    """
-
-    mean: Number = 0.0
-    std: Number = 1.0
-
-    def __post_init__(self) -> None:
-        check_std("Normal", self.std)
-
-    def __call__(self, key: Key, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        return draw_normal(key, shape, dtype, self.mean, self.std)
 
 
 @jax.tree_util.register_dataclass

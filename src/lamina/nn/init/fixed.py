@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..._core.box import Box
 from ..._core.errors import ShapeError, format_shape
-from ..._core.parameter import Box
-from .recipe import Checked, Key, Number, Shape, check_matrix, static
+from ..._core.recipe import Checked, Key, Number, Shape, check_matrix, static
 
 
 @jax.tree_util.register_dataclass

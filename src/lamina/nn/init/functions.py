@@ -10,12 +10,12 @@ from __future__ import annotations
 import warnings
 from typing import Any, TypeVar
 
+from ..._core.box import Box
 from ..._core.errors import TypeMismatchError
-from ..._core.parameter import Box
 from ..._core.random import Generator
-from .distributions import Normal, Orthogonal, Sparse, TruncatedNormal, Uniform
+from ..._core.recipe import Checked, Normal, Uniform
+from .distributions import Orthogonal, Sparse, TruncatedNormal
 from .fixed import Constant, Dirac, Eye, Ones, Zeros
-from .recipe import Checked
 from .scaled import KaimingNormal, KaimingUniform, XavierNormal, XavierUniform
 
 Tensor = TypeVar("Tensor", bound=Box)
@@ -390,8 +390,3 @@ def _warn_if_far(recipe: TruncatedNormal) -> None:
             UserWarning,
             stacklevel=4,
         )
-
-
-# PyTorch has these two as methods as well; the recipes that they record live here.
-Box.normal_ = normal_  # type: ignore[attr-defined]
-Box.uniform_ = uniform_  # type: ignore[attr-defined]

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..._core.errors import DeferredError
-from .gains import GAINS, calculate_gain, fans
-from .recipe import (
+from ..._core.errors import DeferredError, format_shape
+from ..._core.recipe import (
     Checked,
     Key,
     Number,
@@ -24,6 +23,7 @@ from .recipe import (
     is_number,
     static,
 )
+from .gains import GAINS, calculate_gain, fans
 
 
 @jax.tree_util.register_dataclass
@@ -206,14 +206,15 @@ class KaimingNormal(_Kaiming):
         return self._repr(f"N(0, std={_radical(self._gain())}/sqrt({self.mode}))")
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, repr=False)
 class FanInUniform(Checked):
     """U(-c, c) with ``c = 1 / sqrt(fan_in)``: PyTorch's default for biases.
 
     Args:
         fan_in: number of inputs of each output of the layer; a bias does not know it from its own
-            shape. ``None`` until the layer knows.
+            shape.
+        of: in place of it, the weight that knows it, as soon as its own shape is known.
 
     Raises:
         DeferredError: when drawn while ``fan_in`` is unknown.
@@ -224,26 +225,54 @@ class FanInUniform(Checked):
         >>> draw = nn.init.FanInUniform(4)(jax.random.key(0), (100,), "float32")
         >>> bool((abs(draw) <= 0.5).all())
         True
+        >>> nn.LazyLinear(3).bias.init
+        FanInUniform(of weight (3, ?))
     """
 
     fan_in: int | None = None
+    of: Any = None
 
     @property
     def is_ready(self) -> bool:
         """Whether a value can be drawn."""
-        return self.fan_in is not None
+        return self._fan_in() is not None
+
+    def tree_flatten(self) -> Any:
+        """Be a number by the time of drawing, so that all layers share a program."""
+        return (self._fan_in(),), None
+
+    @classmethod
+    def tree_unflatten(cls, _: Any, leaves: Any) -> FanInUniform:
+        """Put the number back."""
+        return cls(*leaves)
+
+    def with_weight(self, weight: Any) -> FanInUniform:
+        """Return the law for another weight."""
+        return FanInUniform(of=weight)
+
+    def _fan_in(self) -> Any:
+        if self.of is None:
+            return self.fan_in
+        return None if None in self.of.shape else fans(self.of.shape)[0]
+
+    def __repr__(self) -> str:
+        fan_in = self._fan_in()
+        if fan_in is None and self.of is not None:
+            return f"FanInUniform(of weight {format_shape(self.of.shape)})"
+        return f"FanInUniform(fan_in={fan_in})"
 
     def __post_init__(self) -> None:
         if is_number(self.fan_in) and self.fan_in < 0:  # type: ignore[operator]
             raise ValueError(f"FanInUniform: expected fan_in >= 0, got {self.fan_in}.")
 
     def __call__(self, key: Key, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
-        if self.fan_in is None:
+        fan_in = self._fan_in()
+        if fan_in is None:
             raise DeferredError(
-                "FanInUniform: fan_in is not known yet. Pass data through the model once, or "
-                "give it: FanInUniform(fan_in=in_features)."
+                "FanInUniform: fan_in is not known yet\n"
+                "    fix: pass data through the model once, or give it: FanInUniform(in_features)"
             )
-        fan_in = jnp.asarray(self.fan_in, drawing_dtype(dtype))
+        fan_in = jnp.asarray(fan_in, drawing_dtype(dtype))
         bound = jnp.where(fan_in > 0, 1 / jnp.sqrt(jnp.maximum(fan_in, 1)), 0)
         return draw_uniform(key, shape, dtype, -bound, bound)
 

@@ -1,4 +1,4 @@
-"""Containers: modules that hold modules or parameters in a list, a dict or a chain."""
+"""``Module``, and containers: modules that hold others in a list, a dict or a chain."""
 
 from __future__ import annotations
 
@@ -9,11 +9,35 @@ from typing import Any, Self
 
 import numpy as np
 
-from .errors import did_you_mean, format_shape
-from .module import Module
-from .parameter import Box, Parameter
+from .._core import module
+from .._core.box import Box, Parameter
+from .._core.errors import did_you_mean, format_shape
+from ..func.jit import jit
 
-__all__ = ["ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential"]
+__all__ = ["Module", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential"]
+
+
+class Module(module.Module):
+    __doc__ = module.Module.__doc__
+
+    def _contain(self, value: Any, where: str) -> Module | None:
+        return contain(value, where)
+
+    def compile(self, **options: Any) -> None:
+        """Compile every call of this module from now on, as ``lamina.jit(module)`` would.
+
+        Args:
+            **options: as for :func:`lamina.jit`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from lamina import nn
+            >>> net = nn.LazyLinear(2)
+            >>> net.compile()
+            >>> net(jnp.ones((4, 3))).shape
+            (4, 2)
+        """
+        self.__dict__["_compiled"] = jit(self, **options)
 
 
 class _List(Module):
@@ -54,8 +78,8 @@ class _List(Module):
 
     def __delitem__(self, index: Any) -> None:
         names = list(self._modules)
-        doomed = names[index] if isinstance(index, slice) else [self._place(index)]
-        kept = {k: v for k, v in self._modules.items() if k not in doomed}
+        removed = names[index] if isinstance(index, slice) else [self._place(index)]
+        kept = {k: v for k, v in self._modules.items() if k not in removed}
         self._replace(kept.values())
 
     def __len__(self) -> int:
@@ -510,9 +534,6 @@ def contain(value: Any, where: str) -> Module | None:
         pairs = dict(zip(value, parts, strict=True))
         return ModuleDict(pairs) if modules else ParameterDict(pairs)
     return ModuleList(parts) if modules else ParameterList(parts)
-
-
-Module._contain = staticmethod(contain)
 
 
 def _nested(value: Any) -> bool:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._core.errors import ShapeError, format_shape
+from .errors import ShapeError, format_shape
 
 Key: TypeAlias = jax.Array
 Shape: TypeAlias = tuple[int, ...]
@@ -87,3 +87,65 @@ def check_matrix(name: str, shape: Sequence[int | None]) -> None:
     """Raise ShapeError for anything but two dimensions."""
     if len(shape) != 2:
         raise ShapeError(f"{name}: expected two dimensions, got shape {format_shape(shape)}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Uniform(Checked):
+    """Uniform on [a, b).
+
+    Args:
+        a: lower bound (default 0).
+        b: upper bound (default 1).
+
+    Raises:
+        ValueError: if ``a > b``.
+
+    Example:
+        >>> import jax
+        >>> from lamina import nn
+        >>> draw = nn.init.Uniform(-0.1, 0.1)(jax.random.key(0), (100,), "float32")
+        >>> bool((abs(draw) <= 0.1).all())
+        True
+    """
+
+    a: Number = 0.0
+    b: Number = 1.0
+
+    def __post_init__(self) -> None:
+        if is_number(self.a) and is_number(self.b) and self.a > self.b:
+            raise ValueError(f"Uniform: expected a <= b, got a={self.a} and b={self.b}.")
+
+    def __call__(self, key: Key, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return draw_uniform(key, shape, dtype, self.a, self.b)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normal(Checked):
+    """Normal distribution.
+
+    Args:
+        mean: default 0.
+        std: standard deviation (default 1).
+
+    Raises:
+        ValueError: if ``std`` is negative.
+
+    Example:
+        >>> import jax
+        >>> from lamina import nn
+        >>> nn.init.Normal(std=0.01)
+        Normal(mean=0.0, std=0.01)
+        >>> nn.init.Normal(std=0.01)(jax.random.key(0), (2, 3), "float32").shape
+        (2, 3)
+    """
+
+    mean: Number = 0.0
+    std: Number = 1.0
+
+    def __post_init__(self) -> None:
+        check_std("Normal", self.std)
+
+    def __call__(self, key: Key, shape: Shape, dtype: Any = jnp.float32) -> jax.Array:
+        return draw_normal(key, shape, dtype, self.mean, self.std)

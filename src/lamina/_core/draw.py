@@ -1,0 +1,102 @@
+"""Drawing a value from its recipe: one small compiled program per distinct law, shape and dtype.
+
+The recipe's numbers and the key's ingredients are run-time scalars, so that layers of one shape
+share a program whatever their seeds, names and standard deviations are.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import ShapeError
+
+__all__ = ["Origin", "Recipe", "draw", "name_words", "seed_key"]
+
+Recipe = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+Origin = tuple[Any, int, str]
+"""From what a value follows: a seed (two 32-bit words, or a JAX key), the number of the model under
+that seed, and the parameter's name."""
+
+
+def name_words(name: str) -> tuple[int, int]:
+    """Return the 64-bit hash of a name as two 32-bit words."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def seed_key(low: Any, high: Any) -> jax.Array:
+    """Return the root key of a 64-bit seed given as two 32-bit words."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), low), high)
+
+
+def draw(
+    recipe: Recipe, origin: Origin, shape: tuple[int, ...], dtype: Any, sharding: Any, label: str
+) -> jax.Array:
+    """Return the value that a recipe gives for an origin, straight in its place.
+
+    Args:
+        recipe: ``(key, shape, dtype) -> Array``.
+        origin: see ``Origin``.
+        shape: all sizes.
+        dtype: dtype of the value.
+        sharding: where it goes, ``None`` for JAX's default device.
+        label: what to call it in messages.
+
+    Raises:
+        ShapeError: if the recipe returns another shape or dtype.
+    """
+    seed, number, name = origin
+    words = np.array([number, *name_words(name)], np.uint32)
+    if isinstance(seed, tuple):
+        words = np.array([*seed, *words], np.uint32)
+        seed = None
+    with jax.ensure_compile_time_eval():
+        try:
+            value = _run(recipe, seed, words, shape, dtype, sharding)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+            key = _key(seed, words)  # a recipe in plain NumPy can't be compiled
+            value = jax.device_put(jnp.asarray(recipe(key, shape, dtype), dtype), sharding)
+    if value.shape != shape or value.dtype != dtype:
+        raise ShapeError(
+            f"{label}: its recipe {recipe!r} returned {value.dtype}{list(value.shape)}, "
+            f"expected {dtype}{list(shape)}\n"
+            f"    fix: a recipe is (key, shape, dtype) -> Array of that shape and dtype"
+        )
+    return value
+
+
+def _key(seed: Any, words: Any) -> jax.Array:
+    if seed is None:
+        seed, words = seed_key(words[0], words[1]), words[2:]
+    elif not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        seed = jax.random.wrap_key_data(seed)
+    root = jax.random.fold_in(seed, words[0])
+    return jax.random.fold_in(jax.random.fold_in(root, words[1]), words[2])
+
+
+def _run(recipe: Any, seed: Any, words: Any, shape: Any, dtype: Any, sharding: Any) -> jax.Array:
+    leaves, treedef = jax.tree.flatten(recipe)
+    if leaves and leaves[0] is recipe:  # a plain function
+        return _program(recipe, None, shape, dtype, sharding)(seed, words, ())
+    return _program(None, treedef, shape, dtype, sharding)(seed, words, leaves)
+
+
+@functools.lru_cache(maxsize=4096)
+def _program(function: Any, treedef: Any, shape: Any, dtype: Any, sharding: Any) -> Any:
+    small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    drawn = np.dtype(np.float32) if small else dtype  # so that casting before or after is the same
+
+    def program(seed: Any, words: jax.Array, leaves: Any) -> jax.Array:
+        recipe = function if treedef is None else jax.tree.unflatten(treedef, leaves)
+        value = recipe(_key(seed, words), shape, drawn)
+        return value if drawn == dtype else jnp.asarray(value).astype(dtype)
+
+    return jax.jit(program, out_shardings=sharding)

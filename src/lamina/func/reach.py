@@ -1,0 +1,625 @@
+"""What a function can reach, on paths that can be walked again at every call.
+
+From the function and the objects among its arguments ``Reach`` follows closures, globals, defaults,
+partials, methods, fields, items, and the Python functions and classes found there. Where a function
+mentions no name, its fields are not looked at: a counter beside the model changes nothing. The
+result serves three purposes:
+
+proof    ``holds``: each path still leads to what it led to, so the program is still the one
+writes   it holds before a trace, but not after it: the function changed a list, a dict or a field
+sharing  ``shape``: the same without identities, so that another instance may use the program
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import collections
+import dis
+import functools
+import itertools
+import operator
+import random
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._core.bind import Cell
+from .._core.box import Box, Parameter
+from .._core.errors import UnprovenError
+from .._core.fingerprint import Same, array_key, is_plain, plain_attributes, value_key
+from .._core.module import Module
+from .._core.walk import own_boxes, revision_of, walk
+
+__all__ = ["Reach", "is_library"]
+
+_LIBRARY = frozenset({"jax", "jaxlib", "numpy", "scipy", "optax", "torch", "ml_dtypes"}) | {
+    __name__.partition(".")[0],
+    *sys.stdlib_module_names,
+} - {"__main__"}  # fmt: skip
+"""Packages whose functions and classes hold no state of the user's, so they are not searched."""
+
+_READS_ALL = frozenset(
+    {"vars", "__dict__", "asdict", "astuple", "attrgetter", "getattr", "deepcopy"}
+)
+"""Who mentions one of these may read any field."""
+
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+_RANDOM = (np.random.Generator, np.random.RandomState, random.Random)
+_CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, collections.deque)
+_MOST_BYTES = 4096
+_MOST_STEPS = 20_000
+
+
+class Reach:
+    """Everything that ``fn``, called with ``roots`` among its arguments, may depend on.
+
+    Attributes:
+        cells: every cell in reach, numbered in the order of discovery.
+        objects: modules, boxes and objects in reach by ``id``, for results that name them.
+        shape: what the function depends on besides arrays and identities; hashable.
+        watched: objects whose end makes the proof void.
+    """
+
+    def __init__(self, fn: Any, roots: list[Any], always: Iterable[Cell] = ()) -> None:
+        self._always = list(always)
+        self._names: frozenset[str] = frozenset()
+        mentioned: set[str] = set()
+        while True:
+            self._begin()
+            self._mentioned = mentioned
+            for at, value in enumerate([fn, *roots]):
+                self._visit(value, at)
+            if mentioned <= self._names:
+                break
+            self._names = frozenset(mentioned)  # code found late may mention fields seen early
+        self.holds = self._compile(len(roots))
+        self.shape = tuple(self._shape)
+
+    def _begin(self) -> None:
+        self.cells: dict[Cell, int] = {c: i for i, c in enumerate(self._always)}
+        self.objects: dict[int, Any] = {}
+        self.watched: list[Any] = []
+        self.versions: list[tuple[Any, int]] = []
+        self._shape: list[Any] = []
+        self._lines: list[str] = []
+        self._constants: list[Any] = []
+        self._count = itertools.count()
+        self._seen: dict[int, int] = {}
+        self._classes: set[Any] = set()
+        self._alive: list[Any] = []
+        self._undo: list[tuple[Any, str, Any]] = []
+
+    def is_current(self) -> bool:
+        """Tell whether all modules are as they were when they were looked at."""
+        return all(revision_of(ref()) == revision for ref, revision in self.versions)
+
+    def forget(self) -> None:
+        """Keep what proves, drop what keeps alive."""
+        self._alive, self._undo, self._constants = [], [], []
+        self.objects, self.watched, self._seen = {}, [], {}
+
+    def undo(self) -> None:
+        """Put back what a trace changed in lists, dicts, fields, globals and closures."""
+        for container, kind, content in self._undo:
+            if kind == "items":
+                container.clear()
+                (container.update if isinstance(container, (dict, set)) else container.extend)(
+                    content
+                )
+            elif kind == "cell":
+                container.cell_contents = content
+            else:
+                for name, value in content.items():
+                    if container.get(name, self) is not value:
+                        container[name] = value
+                for name in kind:  # mentioned, and not there before
+                    container.pop(name, None)
+
+    # The proof, as source of one function.
+
+    def _constant(self, value: Any) -> str:
+        self._constants.append(value)
+        return f"k{len(self._constants) - 1}"
+
+    def _get(self, text: str, value: Any) -> str:
+        """Add the way to a child; return the variable that will hold it."""
+        if len(self._lines) > _MOST_STEPS:
+            raise UnprovenError(
+                f"more than {_MOST_STEPS} things are in reach of a compiled function\n"
+                f"    fix: pass what it needs as arguments"
+            )
+        name = f"v{next(self._count)}"
+        self._lines.append(f"{name} = {text}")
+        self._alive.append(value)
+        return name
+
+    def _expect(self, condition: str) -> None:
+        self._lines.append(f"if {condition}: return False")
+
+    def _compile(self, count: int) -> Callable[[Any, list[Any]], bool]:
+        if not self._lines:
+            return _always_holds
+        names = [f"r{i}" for i in range(count + 1)]
+        body = [f"({', '.join(names[1:])},) = roots"] if count else []
+        lines = "\n  ".join([*body, *self._lines, "return True"])
+        source = f"def holds(r0, roots):\n try:\n  {lines}\n except _failures: return False"
+        scope: dict[str, Any] = {f"k{i}": value for i, value in enumerate(self._constants)}
+        scope |= {"same_items": _same_items, "differs": _differs, "array_key": _any_array_key}
+        scope |= {"contents": _contents, "empty": _EMPTY}
+        scope["_failures"] = (AttributeError, LookupError, TypeError, ValueError)
+        exec(compile(source, "<lamina: what a compiled function depends on>", "exec"), scope)
+        return scope["holds"]
+
+    # Finding.
+
+    def _child(self, parent: str | None, text: str, value: Any, label: Any) -> None:
+        """Look at a child that is found by ``text``, in which ``{}`` stands for the parent."""
+        self._shape.append(label)
+        if is_plain(value):
+            self._shape.append(value_key(value))
+            if parent is not None:
+                name = self._get(text.format(parent), value)
+                known = self._constant(value)
+                self._expect(f"{name} is not {known} and differs({name}, {known})")
+            return
+        name = None
+        if parent is not None:
+            name = self._get(text.format(parent), value)
+            self._expect_identity(name, value)
+        self._visit_value(value, name)
+
+    def _expect_identity(self, name: str, value: Any) -> None:
+        if isinstance(value, _CONTAINERS):
+            self._expect(f"type({name}) is not {self._constant(type(value))}")
+        elif isinstance(value, types.MethodType):  # made anew at each look-up
+            self._expect(f"type({name}) is not {self._constant(types.MethodType)}")
+        elif self._watch(value):
+            self._expect(f"id({name}) != {id(value)}")
+        else:
+            self._expect(f"{name} is not {self._constant(value)}")
+
+    def _watch(self, value: Any) -> bool:
+        try:
+            weakref.ref(value)
+        except TypeError:
+            return False
+        self.watched.append(value)
+        return True
+
+    def _address(self, value: Any, name: str | None) -> str | None:
+        """Return the variable of a value, which if need be is found by a weak reference."""
+        if name is not None or not self._watch(value):
+            return name
+        name = self._get(f"{self._constant(weakref.ref(value))}()", value)
+        self._expect(f"{name} is None")
+        return name
+
+    def _visit(self, value: Any, at: int) -> None:
+        name = f"r{at}"
+        self._shape.append(("root", at))
+        if is_plain(value):
+            self._shape.append(value_key(value))
+            known = self._constant(value)
+            self._expect(f"{name} is not {known} and differs({name}, {known})")
+            return
+        self._visit_value(value, name)
+        if isinstance(value, Module) or hasattr(type(value), "__lamina_reach__"):
+            self._expect_identity(name, value)
+
+    def _visit_value(self, value: Any, name: str | None) -> None:
+        if id(value) in self._seen:
+            self._shape.append(("again", self._seen[id(value)]))
+            return
+        self._seen[id(value)] = len(self._seen)
+        self._alive.append(value)
+        kind = type(value)
+        if isinstance(value, Module):
+            self._module(value)
+        elif isinstance(value, Cell):
+            self._box(value, name)
+        elif hasattr(kind, "__lamina_reach__"):
+            self._owner(value)
+        elif isinstance(value, types.FunctionType):
+            self._function(value, name)
+        elif isinstance(value, types.MethodType):
+            for part in ("__func__", "__self__"):
+                self._child(name, "{}." + part, getattr(value, part), part)
+        elif isinstance(value, types.BuiltinFunctionType):
+            self._child(name, "{}.__self__", value.__self__, value.__name__)
+        elif isinstance(value, functools.partial):
+            for part in ("func", "args", "keywords"):
+                self._child(name, "{}." + part, getattr(value, part), part)
+        elif isinstance(value, _CONTAINERS):
+            self._container(value, name)
+        elif isinstance(value, jax.Array):
+            self._shape.append(Same(value))  # never changes: a constant of the program
+            if name is None:
+                self._watch(value)
+        elif isinstance(value, np.ndarray) or hasattr(kind, "__dlpack__"):
+            self._array(value, name)
+        elif isinstance(value, type):
+            self._class(value, name, construct=True)
+        elif isinstance(value, types.ModuleType):
+            self._namespace(value, name)
+        elif getattr(value, "__wrapped__", None) is not None:  # jax.jit, lru_cache, lamina.jit
+            self._shape.append(kind)
+            self._child(name, "{}.__wrapped__", value.__wrapped__, "wrapped")
+        elif isinstance(value, _RANDOM) or hasattr(kind, "__next__"):
+            raise UnprovenError(_STATEFUL.format(kind=kind.__name__))
+        else:
+            self._object(value, name)
+
+    def _function(self, function: types.FunctionType, name: str | None) -> None:
+        code = function.__code__
+        self._shape.append(code)
+        library = is_library(function.__globals__.get("__name__"))
+        if not library:
+            self._mentioned |= names_in(code)
+        for index, free in enumerate(code.co_freevars):
+            if free == "__class__":  # of super(): it can't be rebound
+                continue
+            content = _contents(function.__closure__[index])  # type: ignore[index]
+            if library and is_plain(content):
+                self._shape.append(value_key(content))
+            elif library:
+                self._child(None, "", content, index)
+            elif content is _EMPTY:
+                name = self._address(function, name)
+                self._shape.append(_EMPTY)
+                self._expect(f"contents({name}.__closure__[{index}]) is not empty")
+            else:
+                name = self._address(function, name)
+                self._undo.append((function.__closure__[index], "cell", content))  # type: ignore[index]
+                self._child(name, f"{{}}.__closure__[{index}].cell_contents", content, index)
+        for part in ("__defaults__", "__kwdefaults__"):
+            content = getattr(function, part)
+            if content:
+                self._child(
+                    None if library else self._address(function, name), "{}." + part, content, part
+                )
+        if library:
+            return
+        scope = function.__globals__
+        used = sorted(globals_in(code) & scope.keys())
+        found = {key: scope[key] for key in used if not _is_library_thing(scope[key])}
+        if found:
+            name = self._address(function, name)
+            self._undo.append((scope, (), found))
+        for key, value in found.items():
+            self._child(name, f"{{}}.__globals__[{key!r}]", value, key)
+        for key in sorted(globals_in(code) - scope.keys() - _BUILTINS):
+            name = self._address(function, name)  # a global that is not there yet
+            self._expect(f"{key!r} in {name}.__globals__")
+
+    def _container(self, value: Any, name: str | None) -> None:
+        kind = type(value)
+        self._shape.append((kind, len(value)))
+        if not isinstance(value, (tuple, frozenset)):
+            self._undo.append((value, "items", value.copy()))
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        if isinstance(value, (set, frozenset)):
+            self._shape.append(frozenset(map(value_key, value)))
+            if name is not None:
+                self._expect(f"{name} != {self._constant(frozenset(value))}")
+            for item in items:
+                if not is_plain(item):
+                    self._child(None, "", item, "member")
+            return
+        if isinstance(value, dict):
+            keys = list(value)
+            self._shape.append(tuple(map(value_key, keys)))
+            if name is not None:
+                self._expect(f"not same_items({name}.keys(), {self._constant(keys)})")
+        if all(map(is_plain, items)):
+            self._shape.append(tuple(map(value_key, items)))
+            if name is not None:
+                where = f"{name}.values()" if isinstance(value, dict) else name
+                self._expect(f"not same_items({where}, {self._constant(items)})")
+            return
+        if name is not None and not isinstance(value, dict):
+            self._expect(f"len({name}) != {len(items)}")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if name is None:
+                self._child(None, "", item, "item")
+            elif isinstance(key, (int, str)):
+                self._child(name, f"{{}}[{key!r}]", item, "item")
+            else:
+                self._child(name, f"{{}}[{self._constant(key)}]", item, "item")
+
+    def _array(self, value: Any, name: str | None) -> None:
+        size = getattr(value, "nbytes", _MOST_BYTES + 1)
+        frozen = isinstance(value, np.ndarray) and not value.flags.writeable and value.base is None
+        if frozen:
+            self._shape.append(Same(value))
+            return
+        if size > _MOST_BYTES:
+            raise UnprovenError(
+                f"an array of type {type(value).__module__}.{type(value).__name__} and shape "
+                f"{tuple(value.shape)} is in reach of a compiled function, which can't see whether "
+                f"it changes\n"
+                f"    fix: pass it as an argument, or make it a jax.Array with jnp.asarray"
+            )
+        key = _any_array_key(value)
+        self._shape.append(key)
+        if name is not None:
+            self._expect(f"array_key({name}) != {self._constant(key)}")
+
+    def _namespace(self, module: types.ModuleType, name: str | None) -> None:
+        self._shape.append(module.__name__)
+        if not is_library(module.__name__):
+            self._fields(module, vars(module), name)
+
+    def _object(self, value: Any, name: str | None) -> None:
+        """Look at a plain object: its fields as far as they are mentioned, and its class."""
+        kind = type(value)
+        self._shape.append(kind)
+        if self._watch(value):
+            self.objects[id(value)] = value
+        if getattr(kind, "__hash__", None) is None and not hasattr(value, "__dict__"):
+            raise UnprovenError(_OPAQUE.format(kind=kind.__name__))
+        if hasattr(value, "__dict__"):
+            self._fields(value, vars(value), name)
+        for slot in _slots(kind):
+            if (slot in self._names or self._reads_all()) and hasattr(value, slot):
+                name = self._address(value, name)
+                self._child(name, f"{{}}.{slot}", getattr(value, slot), slot)
+        if not hasattr(value, "__dict__") and not _slots(kind):
+            self._shape.append(Same(value))
+        if not is_library(kind.__module__):
+            name = self._address(value, name)
+            if name is not None:
+                self._expect(f"type({name}) is not {self._constant(kind)}")
+            self._class(kind, None, construct=False)
+
+    def _reads_all(self) -> bool:
+        return not self._names.isdisjoint(_READS_ALL)
+
+    def _fields(self, holder: Any, fields: Any, name: str | None) -> None:
+        own = not is_library(type(holder).__module__) or isinstance(holder, _NAMESPACES)
+        everything = self._reads_all() and own
+        chosen = [k for k in fields if everything or k in self._names]
+        name = self._address(holder, name)
+        # A mentioned field that is not there yet may come.
+        known = self._constant(self._names)
+        if not isinstance(holder, types.ModuleType):
+            wanted = [k for k in fields if k in self._names]
+            self._expect(f"len({known}.intersection({name}.__dict__)) != {len(wanted)}")
+            if everything:
+                self._expect(f"len({name}.__dict__) != {len(fields)}")
+        kept = {k: fields[k] for k in chosen if not _is_library_thing(fields[k])}
+        there = {k: fields[k] for k in fields if k in self._names}
+        self._undo.append((fields, self._names - there.keys(), there))
+        for key, value in kept.items():
+            self._child(name, f"{{}}.__dict__[{key!r}]", value, key)
+
+    def _class(self, cls: type, name: str | None, construct: bool) -> None:
+        """Look at the methods and class attributes that are mentioned, or that Python calls."""
+        if (cls, construct) in self._classes:
+            return
+        self._classes.add((cls, construct))
+        self._shape.append(cls)
+        for base in cls.__mro__:
+            if is_library(base.__module__):
+                continue
+            for key, part in list(vars(base).items()):
+                if key in self._names or key == "forward":
+                    pass
+                elif not (key.startswith("__") and key.endswith("__") and callable(part)):
+                    continue
+                elif key in _NOT_CALLED or (key in _MAKERS and not construct):
+                    continue
+                inner = _unwrapped(part)
+                if key in ("__dict__", "__weakref__") or _is_library_thing(inner):
+                    continue
+                if inner is part:
+                    where = self._address(base, name if base is cls else None)
+                    self._child(where, f"{{}}.__dict__[{key!r}]", part, key)
+                else:
+                    self._child(None, "", inner, key)
+
+    def _box(self, box: Any, name: str | None) -> None:
+        self._cell(box, type(box))
+        self.objects[id(box)] = box
+        if isinstance(box, Box):
+            name = self._address(box, name)
+            for fact in ("requires_grad",):
+                self._child(name, f"{{}}.{fact}", getattr(box, fact), fact)
+            self._box_facts(box)
+
+    def _box_facts(self, box: Any) -> None:
+        if box.__dict__:
+            self._shape.append(value_key(box.__dict__))
+        if isinstance(box, Parameter):
+            for cell in box.gradients:
+                self._cell(cell, "grad")
+
+    def _cell(self, cell: Cell, label: Any) -> None:
+        number = self.cells.setdefault(cell, len(self.cells))
+        self._shape.append((label, number, cell_form(cell)))
+
+    def _owner(self, owner: Any) -> None:
+        """Look at an optimizer or a generator, which say themselves what they touch."""
+        facts, cells, parts = owner.__lamina_reach__()
+        self._shape.append((type(owner), facts))
+        self.objects[id(owner)] = owner
+        for cell in cells:
+            self._cell(cell, "state")
+        for part in parts:
+            self._child(None, "", part, "part")
+
+    def _module(self, root: Module) -> None:
+        """Versions speak for all that is assigned; steps only for what changes in place."""
+        self.versions.append((weakref.ref(root), revision_of(root)))
+        self.watched.append(root)
+        for name, module in walk(root).modules:
+            self._shape.append((name, type(module)))
+            if id(module) in self.objects:
+                self._shape.append(list(self.objects).index(id(module)))
+                continue
+            self.objects[id(module)] = module
+            self._seen.setdefault(id(module), len(self._seen))
+            self._alive.append(module)
+            for key, box in own_boxes(module):
+                self._shape.append((key, box.requires_grad))
+                self._cell(box, type(box))
+                self.objects[id(box)] = box
+                self._box_facts(box)
+            for key, cell in module._arrays.items():
+                self._cell(cell, key)
+            users = not is_library(type(module).__module__)
+            # Inherited code of a library's layer, which is not looked at, may read any attribute.
+            inherits = any(
+                is_library(b.__module__) for b in type(module).__mro__[:-1] if not _is_base(b)
+            )
+            everything = inherits or self._reads_all()
+            variable = None
+            for key, value in plain_attributes(module).items():
+                if key != "training" and not everything and key not in self._names:
+                    continue
+                if is_plain(value):
+                    self._shape.append((key, value_key(value)))
+                elif not _is_library_thing(value):
+                    variable = self._address(module, variable)
+                    self._child(variable, f"{{}}.__dict__[{key!r}]", value, key)
+            for kind in _HOOKS:
+                for hook in getattr(module, kind).values():
+                    self._child(None, "", hook, kind)
+            if users:
+                self._class(type(module), None, construct=False)
+
+
+def cell_form(cell: Cell) -> Any:
+    """Return shape and dtype of what a cell holds or is to hold, ``None`` if that is nothing."""
+    form = cell.form()
+    return None if form is None else (form.shape, form.dtype)
+
+
+_EMPTY = object()
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet, or deleted
+        return _EMPTY
+
+
+def _always_holds(fn: Any, roots: list[Any]) -> bool:
+    return True
+
+
+def _same_items(items: Any, known: list[Any]) -> bool:
+    """Compare plain values: in C as long as they are the same objects."""
+    return len(items) == len(known) and (
+        not any(map(operator.is_not, items, known))
+        or all(map(is_plain, items))
+        and list(map(value_key, items)) == list(map(value_key, known))
+    )
+
+
+def _differs(value: Any, known: Any) -> bool:
+    return not is_plain(value) or value_key(value) != value_key(known)
+
+
+def _any_array_key(value: Any) -> Any:
+    return array_key(value if isinstance(value, np.ndarray) else np.asarray(value))
+
+
+def is_library(name: str | None) -> bool:
+    """Tell whether a module belongs to a package that holds no state of the user's."""
+    return (name or "").partition(".")[0] in _LIBRARY
+
+
+def _is_library_thing(value: Any) -> bool:
+    """Tell whether a value is a module, class or plain function of a library."""
+    if isinstance(value, types.ModuleType):
+        return is_library(value.__name__)
+    if isinstance(value, type):
+        return is_library(value.__module__) or value.__module__ == "builtins"
+    if isinstance(value, types.FunctionType):
+        return is_library(value.__globals__.get("__name__")) and not value.__closure__
+    if hasattr(value, "__wrapped__"):
+        return is_library(getattr(value, "__module__", None)) and not hasattr(value, "fn")
+    return False
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _unwrapped(part: Any) -> Any:
+    """Return the function of a static method, class method or property."""
+    if isinstance(part, (staticmethod, classmethod)):
+        return part.__func__
+    if isinstance(part, property):
+        return part.fget
+    return part.func if isinstance(part, functools.cached_property) else part
+
+
+def _is_base(cls: type) -> bool:
+    """Tell whether a class is ``nn.Module`` itself or what it is made from."""
+    return issubclass(Module, cls) or (cls.__name__ == "Module" and cls.__base__ is Module)
+
+
+_MAKERS = frozenset({"__init__", "__new__", "__post_init__"})
+_NOT_CALLED = frozenset(
+    {"__repr__", "__str__", "__del__", "__init_subclass__", "__getstate__", "__setstate__"}
+    | {"__reduce__", "__class_getitem__", "__annotate__", "__format__", "__dir__"}
+)
+
+
+def _slots(kind: type) -> list[str]:
+    if is_library(kind.__module__):
+        return []
+    names: list[str] = []
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else list(slots)
+    return [name for name in names if not name.startswith("__")]
+
+
+_BUILTINS = frozenset(dir(builtins))
+
+
+@functools.lru_cache(4096)
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """Return all names that a function mentions, also in strings and in inner functions."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= names_in(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            names.add(constant)
+        elif isinstance(constant, tuple):
+            names.update(c for c in constant if isinstance(c, str) and c.isidentifier())
+    return frozenset(names)
+
+
+@functools.lru_cache(4096)
+def globals_in(code: types.CodeType) -> frozenset[str]:
+    """Return the global names that a function looks up, also in inner functions.
+
+    From the instructions: ``code.co_names`` holds names of attributes as well.
+    """
+    names = {
+        instruction.argval
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
+    }
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= globals_in(constant)
+    return frozenset(names)
+
+
+_STATEFUL = """a {kind} is in reach of a compiled function: what it gives would be asked for once, \
+while tracing, and be the same in every call.
+    fix: pass its items as arguments; for random numbers use lamina.next_key()"""
+
+_OPAQUE = """a {kind} is in reach of a compiled function, which can't see whether it changes.
+    fix: pass what is needed of it as arguments"""
