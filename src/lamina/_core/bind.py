@@ -697,7 +697,7 @@ it exists only while tracing.
 `self.{name} = array` works everywhere and the value comes out"""
 
 _UNPROVEN = """{box} is reached by `{kind}` on a way that can't be checked again at every call.
-    fix: pass its module to the compiled function as an argument"""
+    fix: pass it as an argument of the compiled function"""
 
 _CALLBACK = """{box} is read in a callback while the compiled function that updates it runs: it \
 has no value at this moment.

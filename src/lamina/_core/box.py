@@ -25,7 +25,7 @@ from .operators import Operators
 from .random import BIRTHS, Generator
 from .recipe import Normal, Uniform
 from .shapes import Shape, as_sharding, canonical, check_shape, fits, is_inexact, weakest
-from .walk import describe, identify, touch
+from .walk import describe, identify, origin_of, touch
 
 __all__ = ["Box", "Buffer", "Parameter", "Recipe", "array", "is_array", "is_trainable"]
 
@@ -52,6 +52,7 @@ class Box(Cell, Operators):
 
     __slots__ = (
         "__dict__",
+        "_birth",
         "_born",
         "_dtype",
         "_origin",
@@ -74,6 +75,7 @@ class Box(Cell, Operators):
     ) -> None:
         self.owners: tuple[Any, ...] = ()
         self._born = bind.birth()
+        self._birth: Any = None
         self._origin: Origin | None = None
         self._seed: Any = None
         self._recipe = init
@@ -99,9 +101,12 @@ class Box(Cell, Operators):
         super().__init__(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in _KNOWN:
+            object.__setattr__(self, name, value)
+            return
+        self._refuse_change(f"attribute {name!r}")  # a user's own, which forward may read
         object.__setattr__(self, name, value)
-        if name in self.__dict__:  # a user's own attribute, which forward may read
-            touch(self.owners)
+        touch(self.owners)
 
     # What is known about the value.
 
@@ -389,10 +394,10 @@ class Box(Cell, Operators):
         if self._origin is not None:
             return self._origin
         root, name = identify(self)
-        fields = self.__dict__ if root is None else root.__dict__
-        if "_origin" not in fields:
-            fields["_origin"] = BIRTHS.take()
-        seed, number = fields["_origin"]
+        if root is None:
+            self._birth = seed, number = self._birth or BIRTHS.take()
+        else:
+            seed, number = origin_of(root, BIRTHS.take)
         if self._seed is not None:
             seed, number = self._seed, number if isinstance(self._seed, tuple) else 0
         return seed, number, name
@@ -626,7 +631,7 @@ class Box(Cell, Operators):
         return state
 
     def _extra(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_origin"}
+        return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Box.__init__(self)
@@ -881,8 +886,10 @@ def array(value: Any) -> jax.Array:
 
 def is_array(value: Any) -> bool:
     """Tell whether a value is a JAX or NumPy array, or one of another library."""
-    return isinstance(value, (jax.Array, np.ndarray)) or (
-        hasattr(type(value), "__dlpack__") and not isinstance(value, Box)
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind not in "OSUMm"  # text, dates and objects are plain attributes
+    return isinstance(value, jax.Array) or (
+        hasattr(type(value), "__dlpack__") and not isinstance(value, (Box, np.generic))
     )
 
 
@@ -928,6 +935,11 @@ for _class in (Parameter, Buffer):
         lambda box: ((box.data,), None),
         lambda _, parts: parts[0],  # type: ignore[arg-type]
     )
+
+_KNOWN = frozenset(
+    name for cls in (Parameter, Buffer) for base in cls.__mro__ for name in vars(base)
+)
+"""Names that belong to boxes; all others are attributes of the user's."""
 
 _REPLACED = {
     "backward": "loss = lamina.backward(lambda: loss_fn(net(x), y)), which fills p.grad",

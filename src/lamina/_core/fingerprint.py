@@ -71,6 +71,8 @@ def value_key(value: Any) -> Any:
 
 def array_key(array: np.ndarray) -> Any:
     """Return a stand-in for the content of an array."""
+    if array.dtype.kind == "O":
+        return np.ndarray, array.shape, value_key(array.ravel().tolist())
     return np.ndarray, array.shape, array.dtype.str, array.tobytes()
 
 
@@ -97,8 +99,8 @@ class Same:
 
 
 INTERNAL = frozenset(
-    {"_links", "_tree", "_born", "_compiled", "_origin", "_parameters", "_buffers", "_modules"}
-    | {"_arrays", "_pending", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
+    {"_links", "_parameters", "_buffers", "_modules"}
+    | {"_array_attributes", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"}
     | {"_backward_pre_hooks", "_load_hooks", "_load_pre_hooks", "_state_dict_hooks"}
     | {"_state_dict_pre_hooks"}
 )

@@ -21,6 +21,7 @@ from .hooks import RemovableHandle, add_hook, run_backward_hooks
 from .random import BIRTHS
 from .shapes import as_sharding, is_inexact
 from .state_dict import StateDict, load_own, load_state_dict, save_own, save_state_dict
+from .trees import as_array
 from .walk import Links, own_boxes, path_of, touch, walk
 
 __all__ = ["Module", "Registry"]
@@ -87,7 +88,7 @@ class Registry(dict):
             return
         if STATE.frames:
             bind.refuse_static_change(
-                owner.__dict__["_born"], _STRUCTURE, cls=type(owner).__name__, name=name
+                owner._links.born, _STRUCTURE, cls=type(owner).__name__, name=name
             )
             former = dict(self)
             bind.on_error(lambda: (dict.clear(self), dict.update(self, former)))
@@ -127,7 +128,7 @@ class Module:
     _parameters: dict[str, Parameter | None]
     _buffers: dict[str, Buffer | None]
     _modules: dict[str, Any]
-    _arrays: dict[str, Cell]
+    _array_attributes: dict[str, Cell]
     _forward_hooks: dict[int, Any] = _NO_HOOKS
     _forward_pre_hooks: dict[int, Any] = _NO_HOOKS
     _backward_hooks: dict[int, Any] = _NO_HOOKS
@@ -146,9 +147,7 @@ class Module:
         fields["_parameters"] = Registry(links.me)
         fields["_buffers"] = Registry(links.me)
         fields["_modules"] = Registry(links.me)
-        fields["_arrays"] = Registry(links.me)
-        fields["_pending"] = False
-        fields["_born"] = bind.birth()
+        fields["_array_attributes"] = Registry(links.me)
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -165,20 +164,20 @@ class Module:
         _link(part, links.me)
         if isinstance(part, Box):
             if part.state == "unshaped" and part.is_unshaped:
-                fields["_pending"] = True
-            if not links.parents and "_origin" not in fields:
-                fields["_origin"] = BIRTHS.take()
+                links.pending = True
+            if not links.parents and links.origin is None:
+                links.origin = BIRTHS.take()
             return
         if not isinstance(part, Module):
             return
-        origin = part.__dict__.pop("_origin", None)
+        origin, part._links.origin = part._links.origin, None
         if origin is None:
             return
-        own = fields.get("_origin")
+        own = links.origin
         if not links.parents and own is None:
-            fields["_origin"] = origin
+            links.origin = origin
         elif own is not None and own[0] == origin[0] and origin[1] < own[1]:
-            fields["_origin"] = origin
+            links.origin = origin
             BIRTHS.give_back(own)
         else:
             BIRTHS.give_back(origin)
@@ -194,7 +193,7 @@ class Module:
             object.__setattr__(self, name, value)
             return
         parameters, buffers = fields["_parameters"], fields["_buffers"]
-        modules, arrays = fields["_modules"], fields["_arrays"]
+        modules, arrays = fields["_modules"], fields["_array_attributes"]
         if isinstance(value, Parameter):
             self._register(name, value, parameters)
         elif isinstance(value, Buffer):
@@ -233,25 +232,25 @@ class Module:
         """Tell whether a new array attribute will last; one that ends with a trace is refused."""
         if not bind.is_tracer(value):
             return True
-        if STATE.frames and not bind.is_born_inside(self.__dict__["_born"]):
+        if STATE.frames and not bind.is_born_inside(self._links.born):
             bind.refuse_tracer_attribute(type(self).__name__, name)
         return False
 
     def _set_plain(self, name: str, value: Any) -> None:
         fields = self.__dict__
         old = fields.get(name, _MISSING)
-        if old is value or (type(old) is type(value) in _SIMPLE and old == value):
+        if old is value or (type(old) is type(value) in _SIMPLE and repr(old) == repr(value)):
             return
-        if STATE.frames and not bind.is_born_inside(fields["_born"]):
+        if STATE.frames and not bind.is_born_inside(fields["_links"].born):
             if bind.holds_tracer(value) and not STATE.inferring:
                 bind.refuse_tracer_attribute(type(self).__name__, name)
             if not STATE.inferring:
                 bind.refuse_static_change(
-                    fields["_born"], _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
+                    fields["_links"].born, _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
                 )
             bind.on_error(lambda: self._put_back(name, old), always=not STATE.inferring)
-        if name in fields["_arrays"]:
-            del fields["_arrays"][name]
+        if name in fields["_array_attributes"]:
+            del fields["_array_attributes"][name]
         fields[name] = value
         touch((fields["_links"].me,))
 
@@ -266,7 +265,7 @@ class Module:
         fields = self.__dict__
         if registry.get(name) is value and value is not None:
             return
-        for key in ("_parameters", "_buffers", "_modules", "_arrays"):
+        for key in ("_parameters", "_buffers", "_modules", "_array_attributes"):
             other = fields[key]
             if other is not registry and name in other:
                 del other[name]
@@ -310,7 +309,7 @@ class Module:
             parts = fields.get(registry)
             if parts is not None and name in parts:
                 return parts[name]
-        for registry in ("_buffers", "_arrays"):
+        for registry in ("_buffers", "_array_attributes"):
             parts = fields.get(registry)
             if parts is not None and name in parts:
                 return None if parts[name] is None else bind.read(parts[name])
@@ -320,18 +319,18 @@ class Module:
         raise _NoAttribute(self, name)
 
     def __delattr__(self, name: str) -> None:
-        for registry in (self._parameters, self._buffers, self._modules, self._arrays):
+        for registry in (self._parameters, self._buffers, self._modules, self._array_attributes):
             if name in registry:
                 del registry[name]
                 return
         bind.refuse_static_change(
-            self.__dict__["_born"], _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
+            self._links.born, _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
         )
         object.__delattr__(self, name)
         touch((self._links.me,))
 
     def __dir__(self) -> list[str]:
-        parts = (*self._parameters, *self._buffers, *self._modules, *self._arrays)
+        parts = (*self._parameters, *self._buffers, *self._modules, *self._array_attributes)
         return sorted({*object.__dir__(self), *(p for p in parts if p.isidentifier())})
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
@@ -375,7 +374,7 @@ class Module:
             raise KeyError("a name can't be empty")
         if "." in name:
             raise KeyError(f"a name can't contain a dot, got {name!r}; dots separate levels")
-        parts = (self._parameters, self._buffers, self._modules, self._arrays)
+        parts = (self._parameters, self._buffers, self._modules, self._array_attributes)
         taken = hasattr(type(self), name) or name in self.__dict__
         if (taken or any(name in part for part in parts)) and name not in registry:
             raise KeyError(f"{type(self).__name__} has an attribute {name!r} already")
@@ -410,11 +409,11 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = STATE
-        fields = self.__dict__
+        links = self._links
         if not state.depth:
             state.entry = bind.trace_mark()
-            if not state.frames and "_compiled" in fields:
-                return fields["_compiled"](*args, **kwargs)
+            if not state.frames and links.compiled is not None:
+                return links.compiled(*args, **kwargs)
         state.depth += 1
         if state.depth == _DEEP:
             state.limit = sys.getrecursionlimit()
@@ -422,7 +421,7 @@ class Module:
         try:
             for hook, with_kwargs in list(self._forward_pre_hooks.values()):
                 args, kwargs = _run_pre_hook(self, hook, with_kwargs, args, kwargs)
-            if fields["_pending"]:
+            if links.pending:
                 self._infer_own(args, kwargs)
             if self._backward_hooks or self._backward_pre_hooks:
                 output = run_backward_hooks(
@@ -452,7 +451,7 @@ class Module:
             state.depth -= 1
 
     def _infer_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state, fields = STATE, self.__dict__
+        state = STATE
         former, state.inferring = state.inferring, True
         cls, become = type(self), self.cls_to_become
         try:
@@ -465,7 +464,7 @@ class Module:
 
     def _become(self, cls: type[Module], pending: bool) -> None:
         object.__setattr__(self, "__class__", cls)
-        self.__dict__["_pending"] = pending
+        self._links.pending = pending
         touch((self._links.me,))
 
     def _add_hook(self, registry: str, hook: Any, prepend: bool = False) -> RemovableHandle:
@@ -862,10 +861,13 @@ class Module:
     # Copying.
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in _NOT_COPIED}
+        state = {k: v for k, v in self.__dict__.items() if k != "_links"}
+        state["_pending"] = self._links.pending
         for registry in ("_parameters", "_buffers", "_modules"):
             state[registry] = dict(state[registry])
-        state["_arrays"] = {k: bind.read(cell) for k, cell in self._arrays.items()}
+        state["_array_attributes"] = {
+            k: bind.read(cell) for k, cell in self._array_attributes.items()
+        }
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -875,7 +877,9 @@ class Module:
                     dict.__setitem__(self.__dict__[name], key, part)
                     if part is not None:
                         _link(part, self._links.me)
-            elif name == "_arrays":
+            elif name == "_pending":
+                self._links.pending = content
+            elif name == "_array_attributes":
                 for key, value in content.items():
                     dict.__setitem__(self.__dict__[name], key, ArrayAttribute(value, key))
             else:
@@ -890,11 +894,10 @@ class Module:
         twin = copy.deepcopy(self)
         for box in walk(twin).names:
             box.forget()
-        twin.__dict__["_origin"] = BIRTHS.take()
+        twin._links.origin = BIRTHS.take()
         return twin
 
 
-_NOT_COPIED = frozenset({"_links", "_tree", "_born", "_compiled", "_origin"})
 _DEEP, _FRAMES = 100, 20_000
 """From this depth of nested calls on, Python's recursion limit is raised to this many frames."""
 
@@ -919,9 +922,7 @@ class _NoAttribute(AttributeError):
 
 def _plain_array(value: Any) -> Any:
     """Keep JAX and NumPy arrays as they are; take a copy of those of other libraries."""
-    if value is None or isinstance(value, (jax.Array, np.ndarray)):
-        return value
-    return jnp.asarray(np.array(value))
+    return None if value is None else as_array(value)
 
 
 def _link(part: Any, me: Any) -> None:

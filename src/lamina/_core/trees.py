@@ -19,12 +19,16 @@ def is_arraylike(leaf: Any) -> bool:
     if isinstance(leaf, _NUMBERS):
         return True
     kind = type(leaf)
-    return hasattr(kind, "__dlpack__") or (hasattr(kind, "__array__") and hasattr(leaf, "shape"))
+    return hasattr(kind, "__dlpack__") or hasattr(kind, "__array__")
 
 
 def as_array(leaf: Any) -> Any:
     """Return a leaf as JAX takes it: a copy of an array of another library, which may change."""
-    return leaf if isinstance(leaf, _NUMBERS) else jnp.asarray(np.array(leaf))
+    if isinstance(leaf, _NUMBERS):
+        return leaf
+    if hasattr(leaf, "__array__"):
+        return jnp.asarray(np.asarray(leaf).copy())
+    return jnp.copy(jnp.from_dlpack(leaf))
 
 
 class Partition:

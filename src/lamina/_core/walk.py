@@ -7,9 +7,10 @@ come before the buffers. A box reached by several names is one box: the first na
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
+from . import bind
 from .bind import Cell
 from .errors import LaminaError
 
@@ -36,15 +37,27 @@ class Links:
         parents: weak references to the modules that have, or had, it as a child.
         revision: changes whenever something changes here or below that a program may depend on.
         structure: changes whenever a part is added, replaced or removed here or below.
+        tree: the names below, as far as they are known.
+        born: which open trace the module was made in, if any.
+        origin: the seed and number from which values below are drawn.
+        pending: whether sizes of the module's own boxes are to be inferred.
+        compiled: what calls of the module go through, if it was told to compile.
     """
 
-    __slots__ = ("me", "parents", "revision", "structure")
+    __slots__ = (
+        "born", "compiled", "me", "origin", "parents", "pending", "revision", "structure", "tree",
+    )  # fmt: skip
 
     def __init__(self, module: Any) -> None:
         self.me: Any = weakref.ref(module)
         self.parents: tuple[Any, ...] = ()
         self.revision = 0
         self.structure = 0
+        self.tree: Tree | None = None
+        self.born = bind.birth()
+        self.origin: Any = None
+        self.pending = False
+        self.compiled: Any = None
 
 
 class Node(Protocol):
@@ -53,7 +66,7 @@ class Node(Protocol):
     _links: Links
     _parameters: dict[str, Any]
     _buffers: dict[str, Any]
-    _arrays: dict[str, Cell]
+    _array_attributes: dict[str, Cell]
     _modules: dict[str, Any]
 
     def _check_attributes(self) -> None: ...
@@ -128,16 +141,23 @@ def cells_of(root: Node) -> list[Cell]:
     """Return every box and array attribute below ``root``, once."""
     cells: dict[Cell, None] = dict.fromkeys(walk(root).names)
     for module in walk(root).paths:
-        cells.update(dict.fromkeys(module._arrays.values()))
+        cells.update(dict.fromkeys(module._array_attributes.values()))
     return list(cells)
 
 
 def walk(root: Node) -> Tree:
     """Return the names below ``root``; cached until a part is added or removed below it."""
-    tree = root.__dict__.get("_tree")
-    if tree is None or tree.structure != root._links.structure:
-        tree = root.__dict__["_tree"] = Tree(root)
-    return tree
+    links = root._links
+    if links.tree is None or links.tree.structure != links.structure:
+        links.tree = Tree(root)
+    return links.tree
+
+
+def origin_of(module: Node, take: Callable[[], Any]) -> Any:
+    """Return the seed and number of a model, which gets one if it has none yet."""
+    links = module._links
+    links.origin = links.origin or take()
+    return links.origin
 
 
 def revision_of(module: Node) -> int:

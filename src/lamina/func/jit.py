@@ -146,7 +146,9 @@ class Jitted:
                 found = self._bind(call)
             if inside:
                 return found.run_inside(call.arrays, call.roots)
-            if self._bindings.get(call.key) is not found:
+            if (old := self._bindings.get(call.key)) is not found:
+                if old is not None and old.cells != found.cells:
+                    self._forget(old)  # its cells belong to nobody any more
                 self._keep(call.key, found)
         return found.run(call.arrays, call.roots)
 
@@ -161,7 +163,7 @@ class Jitted:
 
     def _bind(self, call: _Arguments) -> _Binding:
         reach = Reach(self.fn, call.roots, [DEFAULT.stream])
-        binding = self._known(call, reach) or self._shared(call, reach)
+        binding = self._known(call, reach)
         if binding is None:
             reach, look = self._look(call, reach)
             binding = self._known(call, reach)
@@ -180,17 +182,6 @@ class Jitted:
                 ):
                     return binding
         return None
-
-    def _shared(self, call: _Arguments, reach: Reach) -> _Binding | None:
-        """Bind other cells to a program, if all that it depends on is the same for them."""
-        programs = self._programs.get((call.shape, reach.shape), ())
-        if len(programs) != 1:
-            return None
-        binding = _Binding(programs[0], list(reach.cells))
-        for cell in (*binding.exchange.donated, *binding.exchange.kept):
-            if cell.is_empty:
-                bind.fill(cell)
-        return binding
 
     def _program(self, call: _Arguments, reach: Reach, look: _Look) -> _Program:
         programs = self._programs.setdefault((call.shape, reach.shape), [])
@@ -343,8 +334,12 @@ class _Arguments:
             def run(arrays: list[Any]) -> Any:
                 values, others = iter(arrays), iter(roots)
                 full = [next(values) if use else next(others) for use in is_array]
-                args, kwargs = jax.tree.unflatten(treedef, full)
-                return fn(*args, **kwargs)
+                given = jax.tree.unflatten(treedef, full)
+                result = fn(*given[0], **given[1])
+                after, structure = jax.tree.flatten(given, is_leaf=_is_leaf)
+                if structure != treedef or any(map(operator.is_not, after, full)):
+                    raise StaticWriteError(_ARGUMENT)
+                return result
 
             return run
 
@@ -579,11 +574,15 @@ it would happen once, while tracing, with arrays that exist only then. It was pu
 
 _NO_PATH = """{box} is reached by {name} on a way that can't be walked again at every call (through \
 an object that is not a module, a plain object, a function, a list or a dict).
-    fix: pass its module as an argument of the compiled function"""
+    fix: pass it as an argument of the compiled function"""
 
 _VARIES = """{box} is touched by {name} in this trace, and was not in the first: the function does \
 not do the same each time.
     fix: pass what it depends on as an argument"""
+
+_ARGUMENT = """a list or dict among the arguments is changed inside a compiled function, which works on \
+a copy of it: the change would be lost.
+    fix: return the new list or dict"""
 
 _KEPT = """{name} uses an array that was kept from a transform that has ended, and exists only there.
     fix: return the array from the transformed function, or keep it in a buffer"""

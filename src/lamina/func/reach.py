@@ -15,12 +15,15 @@ from __future__ import annotations
 import argparse
 import builtins
 import collections
+import contextvars
 import dis
 import functools
 import itertools
 import operator
+import queue
 import random
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable
@@ -92,6 +95,7 @@ class Reach:
         self._count = itertools.count()
         self._seen: dict[int, int] = {}
         self._classes: set[Any] = set()
+        self._owners = 0
         self._alive: list[Any] = []
         self._undo: list[tuple[Any, str, Any]] = []
 
@@ -213,12 +217,18 @@ class Reach:
             self._expect_identity(name, value)
 
     def _visit_value(self, value: Any, name: str | None) -> None:
+        kind = type(value)
+        if _is_library_thing(value):
+            self._shape.append(Same(value))
+            if name is None:
+                self._watch(value)
+            return
+        self._owners += isinstance(value, (Module, Cell)) or hasattr(kind, "__lamina_reach__")
         if id(value) in self._seen:
             self._shape.append(("again", self._seen[id(value)]))
             return
         self._seen[id(value)] = len(self._seen)
         self._alive.append(value)
-        kind = type(value)
         if isinstance(value, Module):
             self._module(value)
         elif isinstance(value, Cell):
@@ -249,9 +259,14 @@ class Reach:
             self._namespace(value, name)
         elif getattr(value, "__wrapped__", None) is not None:  # jax.jit, lru_cache, lamina.jit
             self._shape.append(kind)
+            before = self._owners
             self._child(name, "{}.__wrapped__", value.__wrapped__, "wrapped")
+            if isinstance(value, _LRU_CACHE) and self._owners != before:
+                raise UnprovenError(_HIDDEN.format(kind="functools.lru_cache"))
         elif isinstance(value, _RANDOM) or hasattr(kind, "__next__"):
             raise UnprovenError(_STATEFUL.format(kind=kind.__name__))
+        elif isinstance(value, _HIDING):
+            raise UnprovenError(_HIDDEN.format(kind=kind.__name__))
         else:
             self._object(value, name)
 
@@ -287,12 +302,21 @@ class Reach:
             return
         scope = function.__globals__
         used = sorted(globals_in(code) & scope.keys())
-        found = {key: scope[key] for key in used if not _is_library_thing(scope[key])}
+        found = {key: scope[key] for key in used}
+        if {"sys", "modules"} <= names_in(code) or not _READS_NAMES.isdisjoint(globals_in(code)):
+            raise UnprovenError(_BY_NAME.format(name=function.__qualname__))
         if found:
             name = self._address(function, name)
             self._undo.append((scope, (), found))
         for key, value in found.items():
             self._child(name, f"{{}}.__globals__[{key!r}]", value, key)
+        for module in sorted(imports_in(code)):
+            if module in sys.modules and not is_library(module):
+                text = f"{self._constant(sys.modules)}[{module!r}]"
+                self._child("", text, sys.modules[module], module)
+        own = {k: v for k, v in function.__dict__.items() if k in self._names}
+        if own:
+            self._fields(function, function.__dict__, name)
         for key in sorted(globals_in(code) - scope.keys() - _BUILTINS):
             name = self._address(function, name)  # a global that is not there yet
             self._expect(f"{key!r} in {name}.__globals__")
@@ -371,6 +395,8 @@ class Reach:
                 self._child(name, f"{{}}.{slot}", getattr(value, slot), slot)
         if not hasattr(value, "__dict__") and not _slots(kind):
             self._shape.append(Same(value))
+        if kind.__module__.partition(".")[0] in _BY_IDENTITY:
+            self._shape.append(Same(value))
         if not is_library(kind.__module__):
             name = self._address(value, name)
             if name is not None:
@@ -381,8 +407,19 @@ class Reach:
         return not self._names.isdisjoint(_READS_ALL)
 
     def _fields(self, holder: Any, fields: Any, name: str | None) -> None:
-        own = not is_library(type(holder).__module__) or isinstance(holder, _NAMESPACES)
-        everything = self._reads_all() and own
+        # Code of a library's class, which is not looked at, may read any field of its instances;
+        # the standard library's (loggers, locks, mocks) are taken to work the same whatever they hold.
+        home = type(holder).__module__.partition(".")[0]
+        own = not is_library(home) or isinstance(holder, _NAMESPACES)
+        everything = (
+            (self._reads_all() and own)
+            or home == "collections"
+            or (
+                home in _LIBRARY
+                and home not in sys.stdlib_module_names
+                and home not in _BY_IDENTITY
+            )
+        )
         chosen = [k for k in fields if everything or k in self._names]
         name = self._address(holder, name)
         # A mentioned field that is not there yet may come.
@@ -392,7 +429,7 @@ class Reach:
             self._expect(f"len({known}.intersection({name}.__dict__)) != {len(wanted)}")
             if everything:
                 self._expect(f"len({name}.__dict__) != {len(fields)}")
-        kept = {k: fields[k] for k in chosen if not _is_library_thing(fields[k])}
+        kept = {k: fields[k] for k in chosen}
         there = {k: fields[k] for k in fields if k in self._names}
         self._undo.append((fields, self._names - there.keys(), there))
         for key, value in kept.items():
@@ -415,13 +452,19 @@ class Reach:
                 elif key in _NOT_CALLED or (key in _MAKERS and not construct):
                     continue
                 inner = _unwrapped(part)
-                if key in ("__dict__", "__weakref__") or _is_library_thing(inner):
+                if key in ("__dict__", "__weakref__"):
                     continue
                 if inner is part:
                     where = self._address(base, name if base is cls else None)
                     self._child(where, f"{{}}.__dict__[{key!r}]", part, key)
                 else:
                     self._child(None, "", inner, key)
+            known = self._constant(self._names)
+            count = len(self._names.intersection(vars(base)))
+            where = self._address(base, name if base is cls else None)
+            self._expect(f"len({known}.intersection({where}.__dict__)) != {count}")
+        if type(cls) is not type:
+            self._class(type(cls), None, construct=False)
 
     def _box(self, box: Any, name: str | None) -> None:
         self._cell(box, type(box))
@@ -434,7 +477,9 @@ class Reach:
 
     def _box_facts(self, box: Any) -> None:
         if box.__dict__:
-            self._shape.append(value_key(box.__dict__))
+            name = self._address(box, None)
+            for key, value in box.__dict__.items():
+                self._child(name, f"{{}}.__dict__[{key!r}]", value, key)
         if isinstance(box, Parameter):
             for cell in box.gradients:
                 self._cell(cell, "grad")
@@ -470,7 +515,7 @@ class Reach:
                 self._cell(box, type(box))
                 self.objects[id(box)] = box
                 self._box_facts(box)
-            for key, cell in module._arrays.items():
+            for key, cell in module._array_attributes.items():
                 self._cell(cell, key)
             users = not is_library(type(module).__module__)
             # Inherited code of a library's layer, which is not looked at, may read any attribute.
@@ -484,7 +529,7 @@ class Reach:
                     continue
                 if is_plain(value):
                     self._shape.append((key, value_key(value)))
-                elif not _is_library_thing(value):
+                else:
                     variable = self._address(module, variable)
                     self._child(variable, f"{{}}.__dict__[{key!r}]", value, key)
             for kind in _HOOKS:
@@ -545,7 +590,8 @@ def _is_library_thing(value: Any) -> bool:
     if isinstance(value, types.FunctionType):
         return is_library(value.__globals__.get("__name__")) and not value.__closure__
     if hasattr(value, "__wrapped__"):
-        return is_library(getattr(value, "__module__", None)) and not hasattr(value, "fn")
+        home = getattr(value, "__module__", None)
+        return is_library(home) and not type(value).__module__.startswith(__package__)
     return False
 
 
@@ -584,6 +630,15 @@ def _slots(kind: type) -> list[str]:
 
 
 _BUILTINS = frozenset(dir(builtins))
+_READS_NAMES = frozenset({"globals", "locals", "eval", "exec", "__import__", "importlib"})
+_LRU_CACHE = type(functools.lru_cache(lambda: None))
+_HIDING = (
+    weakref.ref, weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet,
+    weakref.ProxyType, contextvars.ContextVar, threading.local, queue.Queue, queue.SimpleQueue,
+)  # fmt: skip
+"""What holds things on ways that can't be walked again."""
+_BY_IDENTITY = frozenset({"jax", "jaxlib", "numpy", "ml_dtypes"})
+"""Packages whose objects never change, or say so."""
 
 
 @functools.lru_cache(4096)
@@ -597,6 +652,16 @@ def names_in(code: types.CodeType) -> frozenset[str]:
             names.add(constant)
         elif isinstance(constant, tuple):
             names.update(c for c in constant if isinstance(c, str) and c.isidentifier())
+    return frozenset(names)
+
+
+@functools.lru_cache(4096)
+def imports_in(code: types.CodeType) -> frozenset[str]:
+    """Return the modules that a function imports when it runs, also in inner functions."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= imports_in(constant)
     return frozenset(names)
 
 
@@ -616,6 +681,13 @@ def globals_in(code: types.CodeType) -> frozenset[str]:
             names |= globals_in(constant)
     return frozenset(names)
 
+
+_HIDDEN = """a {kind} is in reach of a compiled function, which can't see what it leads to.
+    fix: pass what it leads to as an argument"""
+
+_BY_NAME = """{name} looks names up at run time (globals(), eval, sys.modules), which a compiled \
+function can't follow.
+    fix: name the object directly, or pass it as an argument"""
 
 _STATEFUL = """a {kind} is in reach of a compiled function: what it gives would be asked for once, \
 while tracing, and be the same in every call.

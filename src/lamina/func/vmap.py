@@ -208,7 +208,7 @@ def stack(models: Sequence[Module]) -> Module:
         if box.state != "empty" and walk(twin).names[box] == name:
             box.replace(jnp.stack([column[name].data for column in columns]))
     for name, module in walk(twin).modules:
-        for key, cell in module._arrays.items():
+        for key, cell in module._array_attributes.items():
             values = [getattr(model.get_submodule(name), key) for model in models]
             bind.write(cell, jnp.stack(list(map(jnp.asarray, values))))
     return twin

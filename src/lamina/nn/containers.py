@@ -37,7 +37,7 @@ class Module(module.Module):
             >>> net(jnp.ones((4, 3))).shape
             (4, 2)
         """
-        self.__dict__["_compiled"] = jit(self, **options)
+        self._links.compiled = jit(self, **options)
 
 
 class _List(Module):

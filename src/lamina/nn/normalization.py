@@ -192,7 +192,7 @@ class _LazyBatchNorm(_BatchNorm):
     ) -> None:
         super().__init__(None, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.num_features = 0  # as PyTorch shows it
-        self.__dict__["_pending"] = True  # also without parameters: the size is shown
+        self._links.pending = True  # also without parameters: the size is shown
 
 
 class LazyBatchNorm1d(_LazyBatchNorm, BatchNorm1d):
@@ -285,7 +285,7 @@ class LayerNorm(Module):
             self.weight = Parameter(shape=self.normalized_shape, init=Ones(), **options)
             if bias:
                 self.bias = Parameter(shape=self.normalized_shape, init=Zeros(), **options)
-        self.__dict__["_pending"] = None in self.normalized_shape
+        self._links.pending = None in self.normalized_shape
 
     def infer_shapes(self, input: Any) -> None:
         """Take the sizes from the last axes of the input."""
