@@ -11,6 +11,7 @@ Example:
 from . import errors, io, nn, show
 from ._core.materialize import infer, materialize
 from ._core.random import Generator, manual_seed, next_key, rng
+from ._replaced import __getattr__ as __getattr__
 from ._version import __version__ as __version__
 from .func import (
     backward,

@@ -17,9 +17,10 @@ import optax
 
 from ._core import bind
 from ._core.bind import STATE, Cell
-from ._core.box import Parameter, array, is_trainable
+from ._core.box import array
 from ._core.errors import DeferredError, LoadError, did_you_mean, format_shape
 from ._core.module import Module
+from ._core.parameter import Parameter, is_trainable
 from ._core.walk import revision_of, walk
 
 __all__ = ["Optimizer"]

@@ -1,4 +1,4 @@
-"""Boxes: ``Parameter`` (a trainable value) and ``Buffer`` (state).
+"""Boxes: what ``Parameter`` and ``Buffer`` share.
 
 A box holds a plain ``jax.Array`` and can be used wherever ``jax.numpy`` takes one. What it holds
 goes in and out through the gate in ``bind.py``; here is what is known about the value.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
-from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -20,14 +18,13 @@ from . import bind
 from .bind import STATE, Cell
 from .draw import Origin, Recipe, draw
 from .errors import DeferredError, ShapeError, TypeMismatchError, format_shape
-from .hooks import RemovableHandle, add_hook
 from .operators import Operators
 from .random import BIRTHS, Generator
 from .recipe import Normal, Uniform
-from .shapes import Shape, as_sharding, canonical, check_shape, fits, is_inexact, weakest
+from .shapes import Shape, as_sharding, canonical, check_shape, fits, weakest
 from .walk import describe, identify, origin_of, touch
 
-__all__ = ["Box", "Buffer", "Parameter", "Recipe", "array", "is_array", "is_trainable"]
+__all__ = ["Box", "Recipe", "array", "is_array"]
 
 
 class Size(int):
@@ -101,7 +98,7 @@ class Box(Cell, Operators):
         super().__init__(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _KNOWN:
+        if hasattr(type(self), name):  # a box's own, and no attribute of the user's
             object.__setattr__(self, name, value)
             return
         self._refuse_change(f"attribute {name!r}")  # a user's own, which forward may read
@@ -400,6 +397,7 @@ class Box(Cell, Operators):
             seed, number = origin_of(root, BIRTHS.take)
         if self._seed is not None:
             seed, number = self._seed, number if isinstance(self._seed, tuple) else 0
+        BIRTHS.use(seed, number)
         return seed, number, name
 
     def initialize(self, recipe: Recipe | None = None, key: Any = None) -> Self:
@@ -460,19 +458,11 @@ class Box(Cell, Operators):
         """Name the box for a message: ``parameter '0.weight'``."""
         return describe(self)
 
-    # PyTorch's in-place and reading methods.
+    # PyTorch's methods; more are in ``operators.py``.
 
     def _updated(self, value: Any) -> Self:
         bind.write(self, self._checked(jnp.asarray(value).astype(self.dtype)))
         return self
-
-    def copy_(self, value: Any) -> Self:
-        """Write ``value``, broadcast to the box's shape and cast to its dtype."""
-        return self._updated(jnp.broadcast_to(array(value), self._all_sizes()))
-
-    def fill_(self, value: Any) -> Self:
-        """Set every element to ``value``."""
-        return self._updated(jnp.full(self._all_sizes(), array(value), self.dtype))
 
     def normal_(self, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Self:
         """Draw from a normal distribution; recorded as the recipe."""
@@ -482,83 +472,11 @@ class Box(Cell, Operators):
         """Draw from U(a, b); recorded as the recipe."""
         return self.initialize(Uniform(a, b), generator)
 
-    def zero_(self) -> Self:
-        """Set every element to zero."""
-        return self.fill_(0)
-
-    def add_(self, other: Any, *, alpha: Any = 1) -> Self:
-        """Add ``alpha * other`` in place."""
-        return self._updated(self.data + _scaled(other, alpha))
-
-    def sub_(self, other: Any, *, alpha: Any = 1) -> Self:
-        """Subtract ``alpha * other`` in place."""
-        return self._updated(self.data - _scaled(other, alpha))
-
-    def mul_(self, other: Any) -> Self:
-        """Multiply in place."""
-        return self._updated(self.data * array(other))
-
-    def div_(self, other: Any) -> Self:
-        """Divide in place."""
-        return self._updated(self.data / array(other))
-
-    def lerp_(self, end: Any, weight: Any) -> Self:
-        """Move towards ``end``: ``self + weight * (end - self)``, in place."""
-        value = self.data
-        return self._updated(value + array(weight) * (array(end) - value))
-
-    def clamp_(self, min: Any = None, max: Any = None) -> Self:
-        """Limit every element to ``[min, max]``, in place."""
-        bounds = [None if bound is None else array(bound) for bound in (min, max)]
-        return self._updated(jnp.clip(self.data, *bounds))
-
-    def clone(self) -> jax.Array:
-        """Return the value; a ``jax.Array`` never changes."""
-        return self.data
-
-    def t(self) -> jax.Array:
-        """Return the value transposed; at most two axes."""
-        if self.ndim > 2:
-            raise ShapeError(
-                f"{self.describe()}: t() expects at most two axes, got {format_shape(self.shape)}\n"
-                f"    fix: p.swapaxes(a, b), or p.mT for the last two axes"
-            )
-        return self.data.T
-
-    def norm(self, p: Any = 2, dim: Any = None, keepdim: bool = False) -> jax.Array:
-        """Return the p-norm of all elements, or along ``dim``."""
-        value, order = self.data, 2 if p == "fro" else p
-        if dim is None and not keepdim:
-            return jnp.linalg.norm(value.ravel(), order)
-        power = jnp.abs(value)
-        if order in (math.inf, -math.inf):
-            return (jnp.max if order > 0 else jnp.min)(power, axis=dim, keepdims=keepdim)
-        if order == 0:
-            return jnp.sum(power != 0, axis=dim, keepdims=keepdim).astype(power.dtype)
-        return jnp.sum(power**order, axis=dim, keepdims=keepdim) ** (1 / order)
-
-    def new_zeros(self, *size: Any, dtype: Any = None) -> jax.Array:
-        """Return zeros of another shape and this dtype."""
-        shape = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
-        return jnp.zeros(tuple(shape), self.dtype if dtype is None else dtype)
-
     def to(self, *targets: Any, dtype: Any = None, device: Any = None) -> jax.Array:
         """Return the value with another dtype or at another place; the box stays as it is."""
         dtype, device = parse_targets(targets, dtype, device)
         value = self.data if dtype is None else self.data.astype(dtype)
         return value if device is None else jax.device_put(value, as_sharding(device))
-
-    def numpy(self) -> np.ndarray:
-        """Return the value as a NumPy array."""
-        return np.asarray(self.data)
-
-    def detach(self) -> jax.Array:
-        """Return the value without gradient."""
-        return jax.lax.stop_gradient(self.data)
-
-    def item(self) -> Any:
-        """Return the only element as a Python number."""
-        return self.data.item()
 
     def __getitem__(self, index: Any) -> jax.Array:
         return self.data[_plain(index)]
@@ -568,24 +486,6 @@ class Box(Cell, Operators):
         if not np.can_cast(weakest(value.dtype), np.dtype(self.dtype), "same_kind"):
             raise TypeMismatchError(self._mismatch("dtype", self.dtype, value.dtype))
         self.data = self.data.at[_plain(index)].set(value.astype(self.dtype))
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Any:
-        return iter(self.data)
-
-    def __bool__(self) -> bool:
-        return bool(self.data)
-
-    def __float__(self) -> float:
-        return float(self.data)
-
-    def __int__(self) -> int:
-        return int(self.data)
-
-    def __index__(self) -> int:
-        return operator.index(self.data)
 
     __array_priority__ = 1000  # a NumPy array on the left leaves the operation to the box
 
@@ -679,198 +579,6 @@ class Box(Cell, Operators):
         )
 
 
-class Parameter(Box):
-    """A trainable value of a module.
-
-    Args:
-        data: the value, anything ``jnp.asarray`` takes. Leave it out to defer the value.
-        requires_grad: whether gradients are taken and the optimizer updates it (default True).
-        shape: the sizes, ``None`` for each one that is not known yet.
-        dtype: default float32, or the dtype of ``data``.
-        init: recipe ``(key, shape, dtype) -> Array`` for the deferred value.
-        sharding: where the value is to lie (``jax.sharding.Sharding``).
-
-    Raises:
-        TypeError: if both ``data`` and ``shape`` are given.
-
-    Example:
-        >>> from lamina import nn
-        >>> p = nn.Parameter(shape=(2, None), init=nn.init.Zeros())
-        >>> p.shape
-        (2, None)
-        >>> p.shape = (2, 3)
-        >>> p[0, 0] = 42.0
-        >>> float(p.sum())
-        42.0
-
-    Source: the interface of ``torch.nn.Parameter``.
-    """
-
-    __slots__ = ("_grad", "_grad_hooks")
-
-    def __init__(
-        self,
-        data: Any = None,
-        requires_grad: bool = True,
-        *,
-        shape: Shape | None = None,
-        dtype: Any = None,
-        init: Recipe | None = None,
-        sharding: Any = None,
-    ) -> None:
-        super().__init__(data, shape=shape, dtype=dtype, init=init, sharding=sharding)
-        self._requires_grad = requires_grad
-        self._grad: _Gradient | None = None
-        self._grad_hooks: dict[int, Any] = {}
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Set ``requires_grad`` and return the parameter."""
-        self.requires_grad = requires_grad
-        return self
-
-    @property
-    def grad(self) -> jax.Array | None:
-        """The gradient accumulated by :func:`lamina.backward`, or ``None``."""
-        return None if self._grad is None else bind.read(self._grad)
-
-    @grad.setter
-    def grad(self, value: Any) -> None:
-        if value is None and self._grad is None:
-            return
-        if value is not None and tuple(np.shape(value)) != self.shape:
-            got = format_shape(np.shape(value))
-            raise ShapeError(self._mismatch("gradient shape", format_shape(self.shape), got))
-        bind.write(self.grad_cell(), None if value is None else array(value))
-
-    def grad_cell(self) -> Cell:
-        """Return the cell that holds the gradient."""
-        if self._grad is None:
-            self._grad = bind.outlive(_Gradient(self.describe))
-            touch(self.owners)
-        return self._grad
-
-    @property
-    def gradients(self) -> list[Cell]:
-        """The cell of the gradient, if there is, or was, one."""
-        return [] if self._grad is None else [self._grad]
-
-    def register_hook(self, hook: Callable[[jax.Array], Any]) -> RemovableHandle:
-        """Call ``hook(grad)`` whenever a gradient of this parameter is computed; what it returns,
-        if anything, takes the gradient's place.
-        """
-        touch(self.owners)
-        return add_hook(self._grad_hooks, hook, lambda: touch(self.owners))
-
-    def hooked(self, grad: jax.Array) -> jax.Array:
-        """Return a gradient as the registered hooks leave it."""
-        for hook in list(self._grad_hooks.values()):
-            changed = hook(grad)
-            grad = grad if changed is None else array(changed)
-        return grad
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._grad, self._grad_hooks = None, {}
-        grad = state.pop("grad", None)
-        super().__setstate__(state)
-        if grad is not None:
-            self.grad = jnp.asarray(grad)
-
-    def __getstate__(self) -> dict[str, Any]:
-        grad = self.grad
-        return super().__getstate__() | ({} if grad is None else {"grad": np.asarray(grad)})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = super().__deepcopy__(memo)
-        twin._grad, twin._grad_hooks = None, {}
-        if self.grad is not None:
-            bind.adopt(twin.grad_cell(), self.grad)
-        return twin
-
-    def __repr__(self) -> str:
-        return f"Parameter containing:\n{self._repr_value(f'requires_grad={self.requires_grad}')}"
-
-
-class _Gradient(Cell):
-    """The gradient of a parameter, which may be none."""
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: Callable[[], str]) -> None:
-        super().__init__()
-        self.name = name
-
-    def describe(self) -> str:
-        return f"gradient of {self.name()}"
-
-
-class Buffer(Box):
-    """State of a module that is not trained: running statistics, counters, masks, tables.
-
-    As an attribute of a module it reads as its value, and assigning stores a new one; the box
-    itself is ``module.get_buffer(name)``.
-
-    Args:
-        data: the value, anything ``jnp.asarray`` takes; leave it out to defer the value.
-        persistent: whether the buffer is part of ``state_dict`` (default True).
-        shape, dtype, init, sharding: as for :class:`Parameter`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from lamina import nn
-        >>> class Counter(nn.Module):
-        ...     def __init__(self):
-        ...         self.calls = nn.Buffer(jnp.asarray(0))
-        ...     def forward(self, x):
-        ...         self.calls += 1
-        ...         return x
-        >>> net = Counter()
-        >>> _ = net(jnp.ones(2)), net(jnp.ones(2))
-        >>> net.calls
-        Array(2, dtype=int32)
-
-    Source: the interface of ``torch.nn.Buffer``.
-    """
-
-    __slots__ = ("persistent",)
-
-    def __init__(
-        self,
-        data: Any = None,
-        persistent: bool = True,
-        *,
-        shape: Shape | None = None,
-        dtype: Any = None,
-        init: Recipe | None = None,
-        sharding: Any = None,
-    ) -> None:
-        super().__init__(data, shape=shape, dtype=dtype, init=init, sharding=sharding)
-        self.persistent = persistent
-
-    @property
-    def is_place(self) -> bool:
-        """Whether this is a declared place for an array of any shape, or for none."""
-        return self._shape is None and self._recipe is None
-
-    def _copied_fields(self) -> dict[str, Any]:
-        return super()._copied_fields() | {"persistent": self.persistent}
-
-
-class ArrayAttribute(Cell):
-    """A plain array among a module's attributes: of any shape, and no part of the state dict.
-
-    NumPy arrays are kept as they are, so that changes in place are seen.
-    """
-
-    __slots__ = ("name",)
-
-    def __init__(self, value: Any, name: str) -> None:
-        super().__init__(value)
-        self.name = name
-
-    def describe(self) -> str:
-        return f"array attribute {self.name!r}"
-
-
 def array(value: Any) -> jax.Array:
     """Return a box, NumPy array, list or scalar as a ``jax.Array`` (or tracer).
 
@@ -891,11 +599,6 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array) or (
         hasattr(type(value), "__dlpack__") and not isinstance(value, (Box, np.generic))
     )
-
-
-def is_trainable(box: Any) -> bool:
-    """Tell whether gradients are taken for a box."""
-    return isinstance(box, Parameter) and box.requires_grad and is_inexact(box.dtype)
 
 
 def parse_targets(targets: Any, dtype: Any, device: Any) -> tuple[Any, Any]:
@@ -919,27 +622,11 @@ def _has_array(value: Any) -> bool:
     return any(isinstance(leaf, (Box, jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value))
 
 
-def _scaled(other: Any, alpha: Any) -> Any:
-    return array(other) if alpha == 1 else array(other) * alpha
-
-
 def _plain(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(_plain(part) for part in index)
     return index.data if isinstance(index, Box) else index
 
-
-for _class in (Parameter, Buffer):
-    jax.tree_util.register_pytree_node(
-        _class,
-        lambda box: ((box.data,), None),
-        lambda _, parts: parts[0],  # type: ignore[arg-type]
-    )
-
-_KNOWN = frozenset(
-    name for cls in (Parameter, Buffer) for base in cls.__mro__ for name in vars(base)
-)
-"""Names that belong to boxes; all others are attributes of the user's."""
 
 _REPLACED = {
     "backward": "loss = lamina.backward(lambda: loss_fn(net(x), y)), which fills p.grad",

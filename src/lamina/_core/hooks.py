@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .shapes import is_inexact
+from .walk import touch
 
-__all__ = ["RemovableHandle", "add_hook", "run_backward_hooks"]
+__all__ = ["Hooked", "RemovableHandle", "add_hook", "run_backward_hooks"]
 
 _IDS = itertools.count()
 
@@ -61,6 +63,90 @@ def add_hook(
         hooks.move_to_end(handle.id, last=False)
     changed()
     return handle
+
+
+_NO_HOOKS: Any = MappingProxyType({})
+
+
+class Hooked:
+    """What can have hooks: the registries of a module, and how they are filled."""
+
+    _links: Any
+    _forward_hooks: dict[int, Any] = _NO_HOOKS
+    _forward_pre_hooks: dict[int, Any] = _NO_HOOKS
+    _backward_hooks: dict[int, Any] = _NO_HOOKS
+    _backward_pre_hooks: dict[int, Any] = _NO_HOOKS
+    _state_dict_hooks: dict[int, Any] = _NO_HOOKS
+    _state_dict_pre_hooks: dict[int, Any] = _NO_HOOKS
+    _load_hooks: dict[int, Any] = _NO_HOOKS
+    _load_pre_hooks: dict[int, Any] = _NO_HOOKS
+
+    def _add_hook(self, registry: str, hook: Any, prepend: bool = False) -> RemovableHandle:
+        hooks = self.__dict__.setdefault(registry, OrderedDict())
+        me = self._links.me
+        return add_hook(hooks, hook, lambda: touch((me,)), prepend)
+
+    def register_forward_pre_hook(
+        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
+    ) -> RemovableHandle:
+        """Call ``hook(module, args)`` before ``forward``; it may return other arguments."""
+        return self._add_hook("_forward_pre_hooks", (hook, with_kwargs), prepend)
+
+    def register_forward_hook(
+        self,
+        hook: Callable[..., Any],
+        *,
+        prepend: bool = False,
+        with_kwargs: bool = False,
+        always_call: bool = False,
+    ) -> RemovableHandle:
+        """Call ``hook(module, args, output)`` after ``forward``; it may return another output."""
+        return self._add_hook("_forward_hooks", (hook, with_kwargs, always_call), prepend)
+
+    def register_full_backward_hook(
+        self, hook: Callable[..., Any], prepend: bool = False
+    ) -> RemovableHandle:
+        """Call ``hook(module, grad_input, grad_output)`` when gradients pass through the module.
+
+        Both are tuples of arrays, ``None`` for inputs that no gradient is asked for; the hook may
+        return a replacement for ``grad_input``. It runs under ``lamina.grad``, ``value_and_grad``
+        and ``backward``; inside a compiled function it sees tracers, while tracing.
+        """
+        return self._add_hook("_backward_hooks", hook, prepend)
+
+    def register_full_backward_pre_hook(
+        self, hook: Callable[..., Any], prepend: bool = False
+    ) -> RemovableHandle:
+        """Call ``hook(module, grad_output)`` before gradients enter the module."""
+        return self._add_hook("_backward_pre_hooks", hook, prepend)
+
+    def register_state_dict_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, prefix, keep_vars)`` before ``state_dict`` collects."""
+        return self._add_hook("_state_dict_pre_hooks", hook)
+
+    def register_state_dict_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, state_dict, prefix, local_metadata)`` on the collected dict."""
+        return self._add_hook("_state_dict_hooks", hook)
+
+    _register_state_dict_hook = register_state_dict_post_hook
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, state_dict, prefix, local_metadata, strict, missing_keys,
+        unexpected_keys, error_msgs)`` before the module takes its values; it may edit the dict.
+        """
+        return self._add_hook("_load_pre_hooks", hook)
+
+    def _register_load_state_dict_pre_hook(
+        self, hook: Callable[..., Any], with_module: bool = False
+    ) -> RemovableHandle:
+        call = hook if with_module else (lambda module, *args: hook(*args))
+        return self._add_hook("_load_pre_hooks", call)
+
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Call ``hook(module, incompatible_keys)`` after all values are taken; it may edit the
+        two lists.
+        """
+        return self._add_hook("_load_hooks", hook)
 
 
 def run_backward_hooks(

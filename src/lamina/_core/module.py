@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import jax
@@ -15,87 +13,25 @@ import numpy as np
 
 from . import bind
 from .bind import STATE, Cell
-from .box import ArrayAttribute, Box, Buffer, Parameter, is_array, parse_targets
-from .errors import DataDependentError, DeferredError, ForeignTransformError, did_you_mean
-from .hooks import RemovableHandle, add_hook, run_backward_hooks
+from .box import Box, is_array, parse_targets
+from .errors import DeferredError, did_you_mean
+from .explain import NoAttribute, explained
+from .hooks import Hooked, run_backward_hooks
+from .parameter import ArrayAttribute, Buffer, Parameter
 from .random import BIRTHS
+from .registry import Registry
 from .shapes import as_sharding, is_inexact
 from .state_dict import StateDict, load_own, load_state_dict, save_own, save_state_dict
 from .trees import as_array
 from .walk import Links, own_boxes, path_of, touch, walk
 
-__all__ = ["Module", "Registry"]
+__all__ = ["Module"]
 
-_NO_HOOKS: Any = MappingProxyType({})
 _MISSING = object()
 _SIMPLE = (int, float, str, bytes, bool, type(None))
 
 
-class Registry(dict):
-    """The parameters, buffers or children of one module, by name, in definition order.
-
-    An ordinary dict, except that changes are noticed wherever they are made.
-    """
-
-    __slots__ = ("owner",)
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._changing(name)
-        super().__setitem__(name, value)
-        owner = self.owner()
-        if owner is not None and value is not None:
-            owner._adopt(value)
-
-    def __delitem__(self, name: str) -> None:
-        self._changing(name)
-        super().__delitem__(name)
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self._changing(name)
-        return super().pop(name, *default)
-
-    def popitem(self) -> tuple[str, Any]:
-        name = next(reversed(self))
-        return name, self.pop(name)
-
-    def clear(self) -> None:
-        self._changing("*")
-        super().clear()
-
-    def update(self, *others: Any, **named: Any) -> None:
-        for name, value in dict(*others, **named).items():
-            self[name] = value
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        if name not in self:
-            self[name] = default
-        return self[name]
-
-    def __ior__(self, other: Any) -> Self:
-        self.update(other)
-        return self
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)
-
-    def _changing(self, name: str) -> None:
-        owner = self.owner()
-        if owner is None:
-            return
-        if STATE.frames:
-            bind.refuse_static_change(
-                owner._links.born, _STRUCTURE, cls=type(owner).__name__, name=name
-            )
-            former = dict(self)
-            bind.on_error(lambda: (dict.clear(self), dict.update(self, former)))
-        touch((self.owner,), structure=True)
-
-
-class Module:
+class Module(Hooked):
     """Base class of all layers, blocks and models.
 
     Assign parameters, buffers, modules, and lists, tuples or dicts of them as attributes, and
@@ -129,14 +65,6 @@ class Module:
     _buffers: dict[str, Buffer | None]
     _modules: dict[str, Any]
     _array_attributes: dict[str, Cell]
-    _forward_hooks: dict[int, Any] = _NO_HOOKS
-    _forward_pre_hooks: dict[int, Any] = _NO_HOOKS
-    _backward_hooks: dict[int, Any] = _NO_HOOKS
-    _backward_pre_hooks: dict[int, Any] = _NO_HOOKS
-    _state_dict_hooks: dict[int, Any] = _NO_HOOKS
-    _state_dict_pre_hooks: dict[int, Any] = _NO_HOOKS
-    _load_hooks: dict[int, Any] = _NO_HOOKS
-    _load_pre_hooks: dict[int, Any] = _NO_HOOKS
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
@@ -316,7 +244,7 @@ class Module:
         if hasattr(type(self), name):
             # A property raised AttributeError: let its own message through.
             return object.__getattribute__(self, name)
-        raise _NoAttribute(self, name)
+        raise NoAttribute(self, name)
 
     def __delattr__(self, name: str) -> None:
         for registry in (self._parameters, self._buffers, self._modules, self._array_attributes):
@@ -441,10 +369,10 @@ class Module:
             for hook, with_kwargs, always in list(self._forward_hooks.values()):
                 if always:
                     hook(self, args, kwargs, None) if with_kwargs else hook(self, args, None)
-            explained = _explained(error, self, args, kwargs)
-            if explained is error:
+            better = explained(error, self, args, kwargs)
+            if better is error:
                 raise
-            raise explained from error
+            raise better from error
         finally:
             if state.depth == _DEEP:
                 sys.setrecursionlimit(state.limit)
@@ -466,45 +394,6 @@ class Module:
         object.__setattr__(self, "__class__", cls)
         self._links.pending = pending
         touch((self._links.me,))
-
-    def _add_hook(self, registry: str, hook: Any, prepend: bool = False) -> RemovableHandle:
-        hooks = self.__dict__.setdefault(registry, OrderedDict())
-        me = self._links.me
-        return add_hook(hooks, hook, lambda: touch((me,)), prepend)
-
-    def register_forward_pre_hook(
-        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-    ) -> RemovableHandle:
-        """Call ``hook(module, args)`` before ``forward``; it may return other arguments."""
-        return self._add_hook("_forward_pre_hooks", (hook, with_kwargs), prepend)
-
-    def register_forward_hook(
-        self,
-        hook: Callable[..., Any],
-        *,
-        prepend: bool = False,
-        with_kwargs: bool = False,
-        always_call: bool = False,
-    ) -> RemovableHandle:
-        """Call ``hook(module, args, output)`` after ``forward``; it may return another output."""
-        return self._add_hook("_forward_hooks", (hook, with_kwargs, always_call), prepend)
-
-    def register_full_backward_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """Call ``hook(module, grad_input, grad_output)`` when gradients pass through the module.
-
-        Both are tuples of arrays, ``None`` for inputs that no gradient is asked for; the hook may
-        return a replacement for ``grad_input``. It runs under ``lamina.grad``, ``value_and_grad``
-        and ``backward``; inside a compiled function it sees tracers, while tracing.
-        """
-        return self._add_hook("_backward_hooks", hook, prepend)
-
-    def register_full_backward_pre_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """Call ``hook(module, grad_output)`` before gradients enter the module."""
-        return self._add_hook("_backward_pre_hooks", hook, prepend)
 
     # Showing.
 
@@ -830,34 +719,6 @@ class Module:
     def __lamina_tensors__(self) -> Any:
         return self.state_dict().__lamina_tensors__()
 
-    def register_state_dict_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Call ``hook(module, prefix, keep_vars)`` before ``state_dict`` collects."""
-        return self._add_hook("_state_dict_pre_hooks", hook)
-
-    def register_state_dict_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Call ``hook(module, state_dict, prefix, local_metadata)`` on the collected dict."""
-        return self._add_hook("_state_dict_hooks", hook)
-
-    _register_state_dict_hook = register_state_dict_post_hook
-
-    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Call ``hook(module, state_dict, prefix, local_metadata, strict, missing_keys,
-        unexpected_keys, error_msgs)`` before the module takes its values; it may edit the dict.
-        """
-        return self._add_hook("_load_pre_hooks", hook)
-
-    def _register_load_state_dict_pre_hook(
-        self, hook: Callable[..., Any], with_module: bool = False
-    ) -> RemovableHandle:
-        call = hook if with_module else (lambda module, *args: hook(*args))
-        return self._add_hook("_load_pre_hooks", call)
-
-    def register_load_state_dict_post_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Call ``hook(module, incompatible_keys)`` after all values are taken; it may edit the
-        two lists.
-        """
-        return self._add_hook("_load_hooks", hook)
-
     # Copying.
 
     def __getstate__(self) -> dict[str, Any]:
@@ -898,26 +759,8 @@ class Module:
         return twin
 
 
-_DEEP, _FRAMES = 100, 20_000
+_DEEP, _FRAMES = 100, 6_000
 """From this depth of nested calls on, Python's recursion limit is raised to this many frames."""
-
-
-class _NoAttribute(AttributeError):
-    """Computes what may have been meant only when it is shown: ``hasattr`` should cost nothing."""
-
-    def __init__(self, module: Module, name: str) -> None:
-        super().__init__(name=name, obj=None)  # else Python adds a guess of its own
-        self.module = module
-
-    def __str__(self) -> str:
-        kind, name = type(self.module).__name__, str(self.name)
-        if name in _REPLACED:
-            return f"a module has no {name}\n    fix: {_REPLACED[name]}"
-        known = [key for key in dir(self.module) if not key.startswith("_")]
-        return f"{kind!r} object has no attribute {name!r}." + did_you_mean(name, known)
-
-    def __reduce__(self) -> Any:
-        return AttributeError, (str(self),)
 
 
 def _plain_array(value: Any) -> Any:
@@ -947,90 +790,7 @@ def _run_pre_hook(module: Module, hook: Any, with_kwargs: bool, args: Any, kwarg
     return (result if isinstance(result, tuple) else (result,)), kwargs
 
 
-def _explained(error: Exception, module: Module, args: Any, kwargs: Any) -> Exception:
-    """Add to an error raised in ``forward`` where it happened and what the module received."""
-    traceback = error.__traceback__
-    if traceback is not None and STATE.depth == 1:
-        while (inner := traceback.tb_next) is not None:  # the lines shown are the user's
-            if inner.tb_frame.f_code in _OWN_FRAMES and inner.tb_next is not None:
-                traceback.tb_next = inner.tb_next
-            else:
-                traceback = inner
-    if getattr(error, "_lamina_path", None) is not None:
-        return error
-    path = path_of(module)
-    shapes = ", ".join(
-        [_shape_of(arg) for arg in args] + [f"{k}={_shape_of(v)}" for k, v in kwargs.items()]
-    )
-    text = repr(module)
-    if "\n" in text:
-        text = f"{type(module).__name__}(...)"
-    where = f"in module {path!r}: {text}, called with ({shapes})"
-    explained = error
-    if isinstance(error, _DATA_DEPENDENT):
-        explained = DataDependentError(_NOT_WHILE_TRACING.format(where=where))
-        explained.__traceback__ = error.__traceback__
-    elif isinstance(error, jax.errors.UnexpectedTracerError):
-        explained = ForeignTransformError(_TRACER_KEPT.format(where=where))
-        explained.__traceback__ = error.__traceback__
-    else:
-        if isinstance(error, TypeError) and "Parameter" in str(error) and "lax" in str(error):
-            error.add_note(_BOX_IN_LAX)
-        error.add_note(where)
-    try:
-        explained._lamina_path = path  # type: ignore[attr-defined]
-    except AttributeError:
-        pass
-    return explained
-
-
-_OWN_FRAMES = {Module.__call__.__code__}
-
-_DATA_DEPENDENT = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-
-
-def _shape_of(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_shape_of, value))}]"
-    text = repr(value)
-    return text if len(text) <= 40 else type(value).__name__
-
-
-_REPLACED = {
-    "cuda": "net.to('gpu'); without a GPU everything is on the CPU already",
-    "share_memory": "arrays never change; pass net.state_dict() to another process",
-    "register_backward_hook": "net.register_full_backward_hook(hook)",
-}
-
-_NOT_WHILE_TRACING = """{where}:
-its Python control flow (if, while, int(), bool(), a boolean index) depends on a value that is not \
-known while tracing.
-    or:  if cond: a() else b()  ->  jax.lax.cond(cond, a, b)  or  jnp.where(cond, a, b)
-    or:  while cond: body()     ->  jax.lax.while_loop(cond, body, state)
-    or:  for over a known number of steps that reads or writes state  ->  lamina.scan
-    or:  a size kept in an array attribute  ->  keep it as an int or a tuple of ints
-    fix: call the module outside of lamina.jit, or write the control flow as above"""
-
-_TRACER_KEPT = """{where}:
-it uses an array that was kept (by a hook, in a list) from a transform that has ended, and exists \
-only there.
-    fix: return the array from the transformed function (has_aux=True), or keep it in a buffer"""
-
-_BOX_IN_LAX = """jax.lax functions take arrays only
-    fix: pass the parameter's value: p.data"""
-
 _PLAIN_ATTRIBUTE = """{cls}.{name} is a plain Python attribute and is changed inside a compiled \
 function: the change would happen once, while tracing, and then be lost.
     fix: keep changing state in a buffer, self.{name} = nn.Buffer(jnp.asarray(0)), or change it \
 outside of the compiled function"""
-
-_STRUCTURE = """{cls}.{name} is added, replaced or removed inside a compiled function: the change \
-would happen once, while tracing, and be lost.
-    fix: change the structure of a model outside of the compiled function"""

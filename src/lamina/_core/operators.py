@@ -1,12 +1,17 @@
-"""Arithmetic and comparison with boxes, as with the arrays in them; ``+=`` and its like write."""
+"""Arithmetic, comparison and PyTorch's methods of boxes, as with the arrays in them."""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .errors import ShapeError, format_shape
 
 __all__ = ["Operators"]
 
@@ -18,7 +23,13 @@ class Operators:
 
     if TYPE_CHECKING:  # defined below, all in the same way
         data: Any
+        shape: Any
+        ndim: int
+        dtype: Any
 
+        def describe(self) -> str: ...
+        def _updated(self, value: Any) -> Self: ...
+        def numel(self) -> int: ...
         def __add__(self, other: Any) -> jax.Array: ...
         def __sub__(self, other: Any) -> jax.Array: ...
         def __mul__(self, other: Any) -> jax.Array: ...
@@ -39,6 +50,119 @@ class Operators:
         def __le__(self, other: Any) -> jax.Array: ...
         def __gt__(self, other: Any) -> jax.Array: ...
         def __ge__(self, other: Any) -> jax.Array: ...
+
+    def _sizes(self) -> tuple[int, ...]:
+        self.numel()  # raises while a size is unknown
+        return self.shape
+
+    def copy_(self, value: Any) -> Self:
+        """Write ``value``, broadcast to the box's shape and cast to its dtype."""
+        return self._updated(jnp.broadcast_to(plain_array(value), self._sizes()))
+
+    def fill_(self, value: Any) -> Self:
+        """Set every element to ``value``."""
+        return self._updated(jnp.full(self._sizes(), plain_array(value), self.dtype))
+
+    def zero_(self) -> Self:
+        """Set every element to zero."""
+        return self.fill_(0)
+
+    def add_(self, other: Any, *, alpha: Any = 1) -> Self:
+        """Add ``alpha * other`` in place."""
+        return self._updated(self.data + _scaled(other, alpha))
+
+    def sub_(self, other: Any, *, alpha: Any = 1) -> Self:
+        """Subtract ``alpha * other`` in place."""
+        return self._updated(self.data - _scaled(other, alpha))
+
+    def mul_(self, other: Any) -> Self:
+        """Multiply in place."""
+        return self._updated(self.data * plain_array(other))
+
+    def div_(self, other: Any) -> Self:
+        """Divide in place."""
+        return self._updated(self.data / plain_array(other))
+
+    def lerp_(self, end: Any, weight: Any) -> Self:
+        """Move towards ``end``: ``self + weight * (end - self)``, in place."""
+        value = self.data
+        return self._updated(value + plain_array(weight) * (plain_array(end) - value))
+
+    def clamp_(self, min: Any = None, max: Any = None) -> Self:
+        """Limit every element to ``[min, max]``, in place."""
+        bounds = [None if bound is None else plain_array(bound) for bound in (min, max)]
+        return self._updated(jnp.clip(self.data, *bounds))
+
+    def clone(self) -> jax.Array:
+        """Return the value; a ``jax.Array`` never changes."""
+        return self.data
+
+    def t(self) -> jax.Array:
+        """Return the value transposed; at most two axes."""
+        if self.ndim > 2:
+            raise ShapeError(
+                f"{self.describe()}: t() expects at most two axes, got {format_shape(self.shape)}\n"
+                f"    fix: p.swapaxes(a, b), or p.mT for the last two axes"
+            )
+        return self.data.T
+
+    def norm(self, p: Any = 2, dim: Any = None, keepdim: bool = False) -> jax.Array:
+        """Return the p-norm of all elements, or along ``dim``."""
+        value, order = self.data, 2 if p == "fro" else p
+        if dim is None and not keepdim:
+            return jnp.linalg.norm(value.ravel(), order)
+        power = jnp.abs(value)
+        if order in (math.inf, -math.inf):
+            return (jnp.max if order > 0 else jnp.min)(power, axis=dim, keepdims=keepdim)
+        if order == 0:
+            return jnp.sum(power != 0, axis=dim, keepdims=keepdim).astype(power.dtype)
+        return jnp.sum(power**order, axis=dim, keepdims=keepdim) ** (1 / order)
+
+    def new_zeros(self, *size: Any, dtype: Any = None) -> jax.Array:
+        """Return zeros of another shape and this dtype."""
+        shape = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+        return jnp.zeros(tuple(shape), self.dtype if dtype is None else dtype)
+
+    def numpy(self) -> np.ndarray:
+        """Return the value as a NumPy array."""
+        return np.asplain_array(self.data)
+
+    def detach(self) -> jax.Array:
+        """Return the value without gradient."""
+        return jax.lax.stop_gradient(self.data)
+
+    def item(self) -> Any:
+        """Return the only element as a Python number."""
+        return self.data.item()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Any:
+        return iter(self.data)
+
+    def __bool__(self) -> bool:
+        return bool(self.data)
+
+    def __float__(self) -> float:
+        return float(self.data)
+
+    def __int__(self) -> int:
+        return int(self.data)
+
+    def __index__(self) -> int:
+        return operator.index(self.data)
+
+
+def plain_array(value: Any) -> jax.Array:
+    """Return a box, NumPy array, list or scalar as a ``jax.Array`` (or tracer)."""
+    if isinstance(value, Operators):
+        return value.data
+    return value if isinstance(value, jax.Array) else jnp.asarray(value)
+
+
+def _scaled(other: Any, alpha: Any) -> Any:
+    return plain_array(other) if alpha == 1 else plain_array(other) * alpha
 
 
 def _binary(function: Callable[[Any, Any], Any]) -> tuple[Any, Any]:

@@ -148,26 +148,28 @@ class Births:
     def __init__(self) -> None:
         self.number = 0
         self.free: set[int] = set()
+        self.used: set[Any] = set()
+        """Numbers under which values were drawn or promised: never given to another model."""
         self._seed: Seed = (0, 0)
 
     def restart(self) -> None:
         """Begin at 0 again."""
         self.number = 0
-        self.free = set()
+        self.free, self.used = set(), set()
 
     def set_aside(self) -> Any:
         """Begin at 0 for a while; returns what :meth:`resume` goes on from."""
-        kept = (self.number, self.free, self._seed)
+        kept = (self.number, self.free, self.used, self._seed)
         self.restart()
         return kept
 
     def resume(self, kept: Any) -> None:
         """Go on from where :meth:`set_aside` left off."""
-        self.number, self.free, self._seed = kept
+        self.number, self.free, self.used, self._seed = kept
 
     def mark(self) -> Any:
         """Return where the numbering stands, for :meth:`resume` after a trial run."""
-        return self.number, set(self.free), self._seed
+        return self.number, set(self.free), set(self.used), self._seed
 
     def seed(self) -> Seed:
         """Return the seed in force as two 32-bit words."""
@@ -177,6 +179,11 @@ class Births:
             self.restart()
             self._seed = seed
         return self._seed
+
+    def use(self, seed: Any, number: int) -> None:
+        """Note that values are drawn under a number."""
+        if isinstance(seed, tuple):
+            self.used.add((seed, number))
 
     def take(self) -> tuple[Seed, int]:
         """Return the origin of a new model."""
@@ -188,7 +195,7 @@ class Births:
     def give_back(self, origin: tuple[Seed, int]) -> None:
         """Free the number of a part that has become a piece of a larger model."""
         seed, number = origin
-        if seed != self._seed or number >= self.number:
+        if seed != self._seed or number >= self.number or origin in self.used:
             return
         self.free.add(number)
         while self.number - 1 in self.free:

@@ -26,9 +26,15 @@ def as_array(leaf: Any) -> Any:
     """Return a leaf as JAX takes it: a copy of an array of another library, which may change."""
     if isinstance(leaf, _NUMBERS):
         return leaf
-    if hasattr(leaf, "__array__"):
-        return jnp.asarray(np.asarray(leaf).copy())
-    return jnp.copy(jnp.from_dlpack(leaf))
+    if hasattr(leaf, "detach"):
+        leaf = leaf.detach()  # PyTorch's, which may want a gradient
+    try:
+        host = np.asarray(leaf)
+    except TypeError:  # a dtype that NumPy does not have
+        return jnp.copy(jnp.from_dlpack(leaf))
+    if host.dtype == object:  # NumPy did not know what to do with it
+        return jnp.copy(jnp.from_dlpack(leaf))
+    return jnp.asarray(host.copy())
 
 
 class Partition:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .._core.bind import is_tracer
 from .._core.box import Box, array
 from .._core.errors import ForeignTransformError, LoadError, did_you_mean
 from .._core.module import Module
@@ -69,7 +70,7 @@ def functional_call(
         problem = misfit(box, value.shape if isinstance(value, Box) else np.shape(value))
         if problem:
             problems.append(f"  {name}: {problem}")
-        elif box in values and values[box][1] is not value:
+        elif box in values and not _same(values[box][1], value):
             problems.append(
                 f"  {name}: tied to {values[box][0]}, and two different values are given; drop one "
                 f"of the names"
@@ -96,6 +97,16 @@ def functional_call(
         raise ForeignTransformError(_LOST.format(boxes=names))
     effects.pass_on(states)
     return (out, state) if return_state else out
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Tell whether two values given for one box are the same."""
+    if first is second:
+        return True
+    if is_tracer(first) or is_tracer(second):
+        return False
+    first, second = np.asarray(first), np.asarray(second)
+    return first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
 def _own(frame: Any, names: Mapping[Any, str]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 
 from .._core import bind
-from .._core.box import Box, Parameter, is_trainable
+from .._core.box import Box
 from .._core.errors import RuleError, did_you_mean
 from .._core.materialize import infer_call
 from .._core.module import Module
+from .._core.parameter import Parameter, is_trainable
 from .._core.shapes import is_inexact
 from .._core.trees import Carrier, Partition
 from .._core.walk import walk

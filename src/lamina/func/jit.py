@@ -136,7 +136,7 @@ class Jitted:
         """Find or make the binding for a call that is not just like the last one."""
         if STATE.compiled is not None:
             return self.fn(*args, **kwargs)  # a part of the program that is being traced
-        if bind.under_foreign():
+        if not STATE.frames and bind.under_foreign():
             raise ForeignTransformError(_FOREIGN.format(name=self._name))
         call = _Arguments(args, kwargs, self._static_numbers, self._static_names)
         inside = bool(STATE.frames) or trace_mark() != CLEAN
@@ -147,7 +147,7 @@ class Jitted:
             if inside:
                 return found.run_inside(call.arrays, call.roots)
             if (old := self._bindings.get(call.key)) is not found:
-                if old is not None and old.cells != found.cells:
+                if old is not None and not old.is_of(found.cells):
                     self._forget(old)  # its cells belong to nobody any more
                 self._keep(call.key, found)
         return found.run(call.arrays, call.roots)
@@ -177,9 +177,7 @@ class Jitted:
         """Return a binding of these very cells, if only the proof of it is out of date."""
         for program in self._programs.get((call.shape, reach.shape), ()):
             for binding in program.bindings:
-                if len(binding.cells) == len(reach.cells) and all(
-                    map(operator.is_, binding.cells, reach.cells)
-                ):
+                if binding.is_of(reach.cells):
                     return binding
         return None
 
@@ -204,7 +202,7 @@ class Jitted:
                 frame.bind(cells, values)
                 result = call.make(self.fn, call.roots)(arrays)
                 found["written"] = frame.collect()
-                return [leaf for leaf in _leaves(result) if is_arraylike(leaf)]
+                return [leaf for leaf in _leaves(result) if _is_data(leaf)]
 
         try:
             jaxpr = jax.make_jaxpr(look)(bind.raw_values(cells), call.arrays)
@@ -269,7 +267,7 @@ def _classify(leaf: Any) -> int:
     if found is None:
         if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             found = _NATIVE
-        elif is_arraylike(leaf) and not isinstance(leaf, Box):
+        elif _is_data(leaf):
             found = _ARRAY
         else:
             found = (
@@ -281,6 +279,10 @@ def _classify(leaf: Any) -> int:
 
 def _is_leaf(value: Any) -> bool:
     return isinstance(value, (Box, _Static))
+
+
+def _is_data(leaf: Any) -> bool:
+    return is_arraylike(leaf) and not isinstance(leaf, Box)
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -314,7 +316,7 @@ class _Arguments:
         self.roots: list[Any] = []
         for leaf, kind in zip(leaves, kinds, strict=True):
             if kind in (_NATIVE, _ARRAY):
-                leaf = as_array(leaf)
+                leaf = leaf if kind == _NATIVE else as_array(leaf)
                 self.arrays.append(leaf)
                 form = (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else (type(leaf), None)
                 key += form
@@ -415,7 +417,7 @@ class _Program:
         leaves, treedef = jax.tree.flatten(result, is_leaf=_is_leaf)
         marks: list[Any] = []
         for leaf in leaves:
-            if is_arraylike(leaf) and not isinstance(leaf, Box):
+            if _is_data(leaf):
                 marks.append(None)
             elif is_plain(leaf):
                 marks.append(("plain", leaf))
@@ -461,6 +463,10 @@ class _Binding:
         self.dead: list[Any] = []
         self.is_built = False
         program.bindings.append(self)
+
+    def is_of(self, cells: Any) -> bool:
+        """Tell whether it binds these very cells."""
+        return len(cells) == len(self.cells) and all(map(operator.is_, self.cells, cells))
 
     def prove(self, reach: Reach, call: _Arguments, forget: Callable[[Any], None]) -> None:
         """Take over a proof: the paths, the versions of modules, the forms of loose cells."""

@@ -33,10 +33,11 @@ import jax
 import numpy as np
 
 from .._core.bind import Cell
-from .._core.box import Box, Parameter
+from .._core.box import Box
 from .._core.errors import UnprovenError
 from .._core.fingerprint import Same, array_key, is_plain, plain_attributes, value_key
 from .._core.module import Module
+from .._core.parameter import Parameter
 from .._core.walk import own_boxes, revision_of, walk
 
 __all__ = ["Reach", "is_library"]
@@ -483,6 +484,8 @@ class Reach:
         if isinstance(box, Parameter):
             for cell in box.gradients:
                 self._cell(cell, "grad")
+            for hook in box.gradient_hooks:
+                self._child(None, "", hook, "hook")
 
     def _cell(self, cell: Cell, label: Any) -> None:
         number = self.cells.setdefault(cell, len(self.cells))

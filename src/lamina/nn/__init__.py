@@ -1,6 +1,6 @@
 """Layers, containers, initialisation and functional forms, with PyTorch's names."""
 
-from .._core.box import Buffer, Parameter
+from .._core.parameter import Buffer, Parameter
 from . import functional, init, utils
 from .activation import GELU, ReLU, Sigmoid, Softmax, Tanh
 from .containers import (

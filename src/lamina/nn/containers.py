@@ -10,8 +10,9 @@ from typing import Any, Self
 import numpy as np
 
 from .._core import module
-from .._core.box import Box, Parameter
+from .._core.box import Box
 from .._core.errors import did_you_mean, format_shape
+from .._core.parameter import Parameter
 from ..func.jit import jit
 
 __all__ = ["Module", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._core.box import Buffer, Parameter
 from .._core.errors import LaminaError
+from .._core.parameter import Buffer, Parameter
 from .._core.shapes import as_sharding
 from .containers import Module
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .._core.box import Parameter
+from .._core.parameter import Parameter
 from .._core.shapes import as_sharding
 from . import functional as F
 from .containers import Module

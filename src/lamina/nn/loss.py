@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._core.box import Buffer
+from .._core.parameter import Buffer
 from . import functional as F
 from .containers import Module
 from .functional._arguments import resolve_reduction

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .._core.box import Buffer, Parameter
 from .._core.errors import ShapeError, format_shape
+from .._core.parameter import Buffer, Parameter
 from .._core.shapes import as_sharding
 from .._core.walk import own_boxes
 from . import functional as F

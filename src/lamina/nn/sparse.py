@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._core.box import Parameter, array
+from .._core.box import array
+from .._core.parameter import Parameter
 from .._core.shapes import as_sharding
 from . import functional as F
 from .containers import Module

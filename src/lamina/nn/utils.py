@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._core.box import Parameter, array
+from .._core.box import array
 from .._core.errors import ShapeError
+from .._core.parameter import Parameter
 
 __all__ = [
     "clip_grad_norm_",

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from .._core.bind import STATE, trace_mark
-from .._core.box import Box, Parameter
+from .._core.box import Box
 from .._core.materialize import infer
 from .._core.module import Module
+from .._core.parameter import Parameter
 from .._core.walk import Tree, own_boxes, walk
 from .flops import Call, count_flops
 from .shapes import abstract, describe_shapes

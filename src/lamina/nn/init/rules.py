@@ -7,9 +7,10 @@ import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from ..._core.box import Parameter, Recipe
+from ..._core.box import Recipe
 from ..._core.errors import LaminaError, RuleError, did_you_mean, format_shape
 from ..._core.module import Module
+from ..._core.parameter import Parameter
 
 Rule: TypeAlias = str | type[Module] | Callable[[str, Parameter], bool]
 Choice: TypeAlias = Recipe | Mapping[str, Recipe]
