@@ -30,7 +30,7 @@ class _StateCell(Cell):
     """One array of an optimizer's state; its first value comes from the transformation."""
 
     __slots__ = ("dtype", "name", "optimizer", "shape")
-    is_fixed = True
+    is_fixed = True  # type: ignore[assignment]
 
     def __init__(self, optimizer: Any, name: str, shape: Any, dtype: Any) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Optimizer:
         if not nets or not all(isinstance(part, Module) for part in nets):
             kinds = ", ".join(type(part).__name__ for part in nets)
             raise TypeError(
-                f"Optimizer: expected a module, got {kinds or 'nothing'} (a list of modules will do)\n"
+                f"Optimizer: expected a module, got {kinds or 'nothing'}, or a list of them\n"
                 f"    fix: lamina.Optimizer(net, optax.adam(1e-3)); freeze what is not to be "
                 f"trained: net.encoder.requires_grad_(False)"
             )
@@ -323,7 +323,7 @@ class Optimizer:
             raise LoadError(
                 "the optimizer's state does not fit; nothing was loaded:\n"
                 + "\n".join(problems)
-                + "\n    fix: build the model and optax transformation that the state was saved with"
+                + "\n    fix: build the model and optax transformation that it was saved with"
             )
         for name, value in values.items():
             cell = self._cells[name]

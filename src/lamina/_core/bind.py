@@ -99,8 +99,10 @@ def under_foreign() -> bool:
 
 
 class _Handed:
-    """Counts the moments at which users got hold of a cell's array: a count that has not moved
-    spares a compiled call the look at each cell."""
+    """Counts the moments at which users got hold of a cell's array.
+
+    A count that has not moved spares a compiled call the look at each cell.
+    """
 
     count = 0
 
@@ -660,15 +662,15 @@ _FOREIGN_READ = """{box} was read under a plain JAX transform that records a pro
 jax.lax.scan, jax.eval_shape ...): its present value would be frozen into it as a constant.
     wrong:  jax.jit(lambda x: net(x))(x)
     right:  lamina.jit(lambda x: net(x))(x)     (also lamina.scan, lamina.remat, lamina.infer)
-    fix: use lamina's transform, or lamina.functional_call(net, params, x) with all names in params; \
-for random draws `with lamina.rng(key):`"""
+    fix: use lamina's transform, or lamina.functional_call(net, params, x) with all names in \
+params; for random draws `with lamina.rng(key):`"""
 
 _KEPT_BY_JAX = """{box} is read in a function that JAX may keep from an earlier call, with an old \
 value in it: it keeps the programs it records by the identity of the function.
     wrong:  jax.lax.scan(self.cell, h, xs)              jax.checkpoint(self.block)(x)
     right:  jax.lax.scan(lambda h, x: self.cell(h, x), h, xs)
-    fix: lamina.scan(self.cell, h, xs) or lamina.remat(self.block)(x), or define the function where \
-it is used"""
+    fix: lamina.scan(self.cell, h, xs) or lamina.remat(self.block)(x), or define the function \
+where it is used"""
 
 _FOREIGN_WRITE = """{box} is written under a plain JAX transform, which would lose the new value.
     wrong:  jax.jit(f), jax.vmap(f), jax.grad(f), ... where f writes a parameter or buffer
@@ -679,8 +681,8 @@ lamina.rng(key):` for dropout"""
 
 _INNER_WRITE = """{box} is written inside a jax transform nested in lamina's `{kind}`; the new \
 value would be lost.
-    fix: Use lamina.scan, lamina.vmap, lamina.grad or lamina.remat in place of the jax transform, or \
-return the value and write it outside"""
+    fix: Use lamina.scan, lamina.vmap, lamina.grad or lamina.remat in place of the jax transform, \
+or return the value and write it outside"""
 
 _ENDED = """{box} was made or written inside a transform, and exists only there: the transform has \
 ended.
@@ -688,8 +690,8 @@ ended.
 
 _INFERRING = """{box} is written in infer_shapes under `{kind}`: infer_shapes runs once, and the \
 new value would be lost.
-    fix: in infer_shapes set shapes and recipes only (self.weight.init = ...), or compute the value \
-in forward"""
+    fix: in infer_shapes set shapes and recipes only (self.weight.init = ...), or compute the \
+value in forward"""
 
 _TRACER_ATTRIBUTE = """{cls}.{name} is a plain attribute, and under `{kind}` the array assigned to \
 it exists only while tracing.

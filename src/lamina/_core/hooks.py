@@ -212,7 +212,7 @@ def run_backward_hooks(
 
 def _dense(grad: Any) -> Any:
     if isinstance(grad, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(grad.shape, grad.dtype)
+        return jnp.zeros(grad.shape, grad.dtype)  # type: ignore[arg-type]
     return grad
 
 

@@ -161,6 +161,6 @@ def _is_spec(leaf: Any) -> bool:
     return isinstance(leaf, (jax.ShapeDtypeStruct, jax.Array, np.ndarray, np.generic))
 
 
-_INSIDE = """materialize is called inside a transform: it would happen once, while tracing, and the \
-values would be frozen into the program.
+_INSIDE = """materialize is called inside a transform: it would happen once, while tracing, and \
+the values would be frozen into the program.
     fix: call lamina.materialize(net, ...) outside, before the transformed function"""

@@ -32,27 +32,12 @@ _SIMPLE = (int, float, str, bytes, bool, type(None))
 
 
 class Module(Hooked):
-    """Base class of all layers, blocks and models.
-
-    Assign parameters, buffers, modules, and lists, tuples or dicts of them as attributes, and
-    write ``forward``. Nothing is allocated when a module is built.
+    """What ``lamina.nn.Module`` is made from: parts, calls, changes and copies.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> from lamina import nn
-        >>> class MLP(nn.Module):
-        ...     def __init__(self):
-        ...         self.hidden = nn.LazyLinear(8)
-        ...         self.out = nn.LazyLinear(2)
-        ...     def forward(self, x):
-        ...         return self.out(nn.functional.relu(self.hidden(x)))
-        >>> net = MLP()
-        >>> net(jnp.ones((4, 3))).shape
-        (4, 2)
-        >>> net.hidden.weight.shape
-        (8, 3)
-
-    Source: the interface of ``torch.nn.Module``.
+        >>> nn.Linear(2, 3).weight.shape
+        (3, 2)
     """
 
     training: bool

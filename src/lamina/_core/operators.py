@@ -125,7 +125,7 @@ class Operators:
 
     def numpy(self) -> np.ndarray:
         """Return the value as a NumPy array."""
-        return np.asplain_array(self.data)
+        return np.asarray(self.data)
 
     def detach(self) -> jax.Array:
         """Return the value without gradient."""

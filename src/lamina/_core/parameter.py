@@ -85,10 +85,11 @@ class Parameter(Box):
 
     def grad_cell(self) -> Cell:
         """Return the cell that holds the gradient."""
-        if self._grad is None:
-            self._grad = bind.outlive(_Gradient(self.describe))
+        cell = self._grad
+        if cell is None:
+            cell = self._grad = bind.outlive(_Gradient(self.describe))
             touch(self.owners)
-        return self._grad
+        return cell
 
     @property
     def gradients(self) -> list[Cell]:

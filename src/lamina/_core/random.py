@@ -33,7 +33,7 @@ class _Stream(Cell):
     """
 
     __slots__ = ()
-    is_fixed = True
+    is_fixed = True  # type: ignore[assignment]
 
     def describe(self) -> str:
         return "the random state"

@@ -62,6 +62,11 @@ class Registry(dict):
     def __reduce__(self) -> Any:
         return dict, (dict(self),)
 
+    def _put_back(self, former: dict[str, Any]) -> None:
+        dict.clear(self)
+        dict.update(self, former)
+        touch((self.owner,), structure=True)
+
     def _changing(self, name: str) -> None:
         owner = self.owner()
         if owner is None:
@@ -71,7 +76,7 @@ class Registry(dict):
                 owner._links.born, _STRUCTURE, cls=type(owner).__name__, name=name
             )
             former = dict(self)
-            bind.on_error(lambda: (dict.clear(self), dict.update(self, former)))
+            bind.on_error(lambda: self._put_back(former))
         touch((self.owner,), structure=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._core.bind import is_tracer
-from .._core.box import Box, array
+from .._core.box import array
 from .._core.errors import ForeignTransformError, LoadError, did_you_mean
 from .._core.module import Module
 from .._core.state_dict import misfit
@@ -67,7 +67,7 @@ def functional_call(
         if box is None:
             problems.append(f"  unexpected: {name}.{did_you_mean(name, by_name)}")
             continue
-        problem = misfit(box, value.shape if isinstance(value, Box) else np.shape(value))
+        problem = misfit(box, tuple(np.shape(array(value))))
         if problem:
             problems.append(f"  {name}: {problem}")
         elif box in values and not _same(values[box][1], value):

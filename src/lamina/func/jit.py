@@ -568,8 +568,8 @@ class _Binding:
             program.current = None
 
 
-_FOREIGN = """{name}, a function compiled by lamina.jit, is called under a plain JAX transform that \
-records a program: its parameters would be frozen into it, and what it writes would be lost.
+_FOREIGN = """{name}, a function compiled by lamina.jit, is called under a plain JAX transform \
+that records a program: its parameters would be frozen into it, and what it writes would be lost.
     wrong:  jax.jit(step), jax.lax.scan(step, ...), jax.eval_shape(step, ...)
     right:  lamina.scan(step, ...), or call it outside
     fix: use lamina's transform of that name, or lamina.functional_call(net, params, x) in it"""
@@ -578,19 +578,20 @@ _CHANGED = """{name} changes a list, a dict, a field or a global that outlives t
 it would happen once, while tracing, with arrays that exist only then. It was put back.
     fix: return the value, keep it in a buffer (self.seen = nn.Buffer(...)), or change it outside"""
 
-_NO_PATH = """{box} is reached by {name} on a way that can't be walked again at every call (through \
-an object that is not a module, a plain object, a function, a list or a dict).
+_NO_PATH = """{box} is reached by {name} on a way that can't be walked again at every call \
+(through an object that is not a module, a plain object, a function, a list or a dict).
     fix: pass it as an argument of the compiled function"""
 
 _VARIES = """{box} is touched by {name} in this trace, and was not in the first: the function does \
 not do the same each time.
     fix: pass what it depends on as an argument"""
 
-_ARGUMENT = """a list or dict among the arguments is changed inside a compiled function, which works on \
-a copy of it: the change would be lost.
+_ARGUMENT = """a list or dict among the arguments is changed inside a compiled function, which \
+works on a copy of it: the change would be lost.
     fix: return the new list or dict"""
 
-_KEPT = """{name} uses an array that was kept from a transform that has ended, and exists only there.
+_KEPT = """{name} uses an array that was kept from a transform that has ended, and exists only \
+there.
     fix: return the array from the transformed function, or keep it in a buffer"""
 
 _RESULT = """{name} returns a {kind}, which is no array and was made inside: it would be the same \

@@ -98,7 +98,7 @@ class Reach:
         self._classes: set[Any] = set()
         self._owners = 0
         self._alive: list[Any] = []
-        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo: list[tuple[Any, Any, Any]] = []
 
     def is_current(self) -> bool:
         """Tell whether all modules are as they were when they were looked at."""
@@ -291,7 +291,8 @@ class Reach:
                 self._expect(f"contents({name}.__closure__[{index}]) is not empty")
             else:
                 name = self._address(function, name)
-                self._undo.append((function.__closure__[index], "cell", content))  # type: ignore[index]
+                cells: Any = function.__closure__
+                self._undo.append((cells[index], "cell", content))
                 self._child(name, f"{{}}.__closure__[{index}].cell_contents", content, index)
         for part in ("__defaults__", "__kwdefaults__"):
             content = getattr(function, part)
@@ -409,7 +410,7 @@ class Reach:
 
     def _fields(self, holder: Any, fields: Any, name: str | None) -> None:
         # Code of a library's class, which is not looked at, may read any field of its instances;
-        # the standard library's (loggers, locks, mocks) are taken to work the same whatever they hold.
+        # the standard library's (loggers, locks, mocks) are taken to work the same whatever.
         home = type(holder).__module__.partition(".")[0]
         own = not is_library(home) or isinstance(holder, _NAMESPACES)
         everything = (
@@ -446,11 +447,11 @@ class Reach:
             if is_library(base.__module__):
                 continue
             for key, part in list(vars(base).items()):
-                if key in self._names or key == "forward":
-                    pass
-                elif not (key.startswith("__") and key.endswith("__") and callable(part)):
+                mentioned = key in self._names or key == "forward"
+                special = key.startswith("__") and key.endswith("__") and callable(part)
+                if not mentioned and (not special or key in _NOT_CALLED):
                     continue
-                elif key in _NOT_CALLED or (key in _MAKERS and not construct):
+                if not mentioned and key in _MAKERS and not construct:
                     continue
                 inner = _unwrapped(part)
                 if key in ("__dict__", "__weakref__"):
@@ -566,8 +567,9 @@ def _same_items(items: Any, known: list[Any]) -> bool:
     """Compare plain values: in C as long as they are the same objects."""
     return len(items) == len(known) and (
         not any(map(operator.is_not, items, known))
-        or all(map(is_plain, items))
-        and list(map(value_key, items)) == list(map(value_key, known))
+        or (
+            all(map(is_plain, items)) and list(map(value_key, items)) == list(map(value_key, known))
+        )
     )
 
 
@@ -594,7 +596,7 @@ def _is_library_thing(value: Any) -> bool:
         return is_library(value.__globals__.get("__name__")) and not value.__closure__
     if hasattr(value, "__wrapped__"):
         home = getattr(value, "__module__", None)
-        return is_library(home) and not type(value).__module__.startswith(__package__)
+        return is_library(home) and not type(value).__module__.startswith(__name__[:6])
     return False
 
 

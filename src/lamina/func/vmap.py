@@ -265,5 +265,5 @@ def unstack(model: Module) -> list[Module]:
 
 _LANES = """the lanes of lamina.vmap may write different values into {boxes}, which all lanes share.
     right:  stack the models, so that each lane has its own:  lamina.vmap(f, in_axes=(0, ...))
-    fix: stack the models, or net.eval() if the layer needs no new state, or write after vmap, from \
-the returned values"""
+    fix: stack the models, or net.eval() if the layer needs no new state, or write after vmap, \
+from the returned values"""

@@ -9,17 +9,38 @@ from typing import Any, Self
 
 import numpy as np
 
-from .._core import module
 from .._core.box import Box
 from .._core.errors import did_you_mean, format_shape
+from .._core.module import Module as CoreModule
 from .._core.parameter import Parameter
 from ..func.jit import jit
 
 __all__ = ["Module", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList", "Sequential"]
 
 
-class Module(module.Module):
-    __doc__ = module.Module.__doc__
+class Module(CoreModule):
+    """Base class of all layers, blocks and models.
+
+    Assign parameters, buffers, modules, and lists, tuples or dicts of them as attributes, and
+    write ``forward``. Nothing is allocated when a module is built.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lamina import nn
+        >>> class MLP(nn.Module):
+        ...     def __init__(self):
+        ...         self.hidden = nn.LazyLinear(8)
+        ...         self.out = nn.LazyLinear(2)
+        ...     def forward(self, x):
+        ...         return self.out(nn.functional.relu(self.hidden(x)))
+        >>> net = MLP()
+        >>> net(jnp.ones((4, 3))).shape
+        (4, 2)
+        >>> net.hidden.weight.shape
+        (8, 3)
+
+    Source: the interface of ``torch.nn.Module``.
+    """
 
     def _contain(self, value: Any, where: str) -> Module | None:
         return contain(value, where)

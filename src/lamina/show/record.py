@@ -219,7 +219,7 @@ class _Recorder:
             parent.children.append(call)
         for frame in STATE.frames[1:]:
             # A transform that has to trace its function again forgets the calls of the first try.
-            frame.on_redo.append(call.forget)
+            frame.undo_always.append(call.forget)
         self.calls.append(call)
         self.stack.append(call)
 
