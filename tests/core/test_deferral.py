@@ -81,9 +81,7 @@ def test_every_first_call_infers(call):
     assert net[3].weight.shape == (2, 4)
     assert [type(m).__name__ for m in net] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
     assert net[3].in_features == 4
-    assert not any(
-        isinstance(b.data, jax.core.Tracer) for b in [*net.parameters(), *net.buffers()]
-    )
+    assert not any(isinstance(b.data, jax.core.Tracer) for b in [*net.parameters(), *net.buffers()])
     assert np.isfinite(np.asarray(net.eval()(X))).all()
 
 

@@ -222,9 +222,9 @@ def test_wrong_values_are_never_stored():
     ]:
         with pytest.raises(error, match=text):
             p.data = wrong
-    with pytest.raises(TypeMismatchError, match=r"mend: value\.astype\('float32'\)"):
+    with pytest.raises(TypeMismatchError, match=r"fix: value\.astype\('float32'\)"):
         p.data = VALUE.astype(np.float16)
-    with pytest.raises(ShapeError, match=r"mend: reshape the value, or replace"):
+    with pytest.raises(ShapeError, match=r"fix: reshape the value, or replace"):
         p.data = VALUE[0]
     with pytest.raises((TypeError, ValueError)):
         p.data = None

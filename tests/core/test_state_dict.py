@@ -210,7 +210,7 @@ def test_every_problem_at_once_and_nothing_changes():
         "1.weight: expected shape (2,), got (3,)",
         "2.weight: expected shape (4, 2), got (2, 4); it fits transposed: value.T",
         "2.bias: expected dtype float32, got float16; pass cast=True to convert it or assign=True",
-        "mend: rename the keys, or load_state_dict(state, strict=False)",
+        "fix: rename the keys, or load_state_dict(state, strict=False)",
     ):
         assert part in text
     for name, value in net.state_dict().items():

@@ -80,7 +80,7 @@ CHANGES = {
     "append": lambda net: net.append(nn.Linear(1, 1)),
     "buffer": lambda net: net[1].register_buffer("b", jnp.ones(1)),
     "set_submodule": lambda net: net.set_submodule("0", nn.Linear(1, 1, bias=False)),
-    "list": lambda net: net.later.append(nn.Linear(1, 1)),
+    "list": lambda net: setattr(net, "later", [nn.Linear(1, 1)]),
 }
 
 
@@ -88,7 +88,8 @@ CHANGES = {
 def test_every_change_is_seen(change):
     net = nn.Sequential(nn.Linear(1, 1), nn.Sequential())
     net.later = []
-    before = [(name, id(box)) for name, box in walk(net).entries]
+    entries = list(walk(net).entries)  # keeps the boxes alive: an id may be used again
+    before = [(name, id(box)) for name, box in entries]
     change(net)
     after = [(name, id(box)) for name, box in walk(net).entries]
     assert after != before

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lamina._core.errors import DataDependentError, ShapeError, TypeMismatchError
-from lamina._core.box import Buffer, Parameter
+from lamina._core.parameter import Buffer, Parameter
 from lamina._core.random import manual_seed
 from lamina.nn import functional as F
 

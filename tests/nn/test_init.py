@@ -13,7 +13,7 @@ import pytest
 from lamina._core import random as lamina_random
 from lamina._core.errors import DeferredError, RuleError, ShapeError, TypeMismatchError
 from lamina._core.module import Module
-from lamina._core.box import Buffer, Parameter
+from lamina._core.parameter import Buffer, Parameter
 from lamina.nn import init
 
 

@@ -350,6 +350,17 @@ def write(cell: Cell, value: Any) -> None:
         _hand_out(cell, value)
 
 
+def write_all(cells: Iterable[Cell], values: Iterable[Any]) -> None:
+    """Write several values, or, if one of them would be lost, none."""
+    pairs = list(zip(cells, values, strict=True))
+    if pairs and not STATE.frames and trace_mark() != CLEAN:
+        lost = next((cell for cell, value in pairs if is_tracer(value)), None)
+        if lost is not None or staging():
+            raise ForeignTransformError(_FOREIGN_WRITE.format(box=(lost or pairs[0][0]).describe()))
+    for cell, value in pairs:
+        write(cell, value)
+
+
 def _hand_out(cell: Cell, value: Any) -> Any:
     if not cell._handed:
         _SET_HANDED(cell, True)
@@ -401,6 +412,8 @@ def _kept_by_jax() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
+        if STATE.frames and name.startswith("lamina.func."):
+            break  # what is further out was called before lamina's frame was opened
         if not name.startswith(("jax.", "lamina._core.bind")):
             defined.update(c for c in frame.f_code.co_consts if hasattr(c, "co_code"))
             above = frame.f_back

@@ -304,7 +304,8 @@ class Box(Cell, Operators):
                 self._mismatch("shape", format_shape(self.shape), format_shape(result.shape))
             )
         if result.dtype != dtype or result.weak_type:
-            if result.dtype != dtype and not result.weak_type:
+            narrows = not np.can_cast(weakest(result.dtype), dtype, "same_kind")
+            if result.dtype != dtype and (not result.weak_type or narrows):
                 raise TypeMismatchError(self._mismatch("dtype", dtype, result.dtype))
             result = jax.lax.convert_element_type(result, dtype)
         if self._shape is None or None in self._shape:
@@ -461,7 +462,10 @@ class Box(Cell, Operators):
     # PyTorch's methods; more are in ``operators.py``.
 
     def _updated(self, value: Any) -> Self:
-        bind.write(self, self._checked(jnp.asarray(value).astype(self.dtype)))
+        value = jnp.asarray(value)
+        if not np.can_cast(weakest(value.dtype), np.dtype(self.dtype), "same_kind"):
+            raise TypeMismatchError(self._mismatch("dtype", self.dtype, value.dtype))
+        bind.write(self, self._checked(value.astype(self.dtype)))
         return self
 
     def normal_(self, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Self:

@@ -32,13 +32,7 @@ _SIMPLE = (int, float, str, bytes, bool, type(None))
 
 
 class Module(Hooked):
-    """What ``lamina.nn.Module`` is made from: parts, calls, changes and copies.
-
-    Example:
-        >>> from lamina import nn
-        >>> nn.Linear(2, 3).weight.shape
-        (3, 2)
-    """
+    """What ``lamina.nn.Module`` is made from: parts, calls, changes and copies."""
 
     training: bool
     call_super_init: ClassVar[bool] = False
@@ -537,7 +531,12 @@ class Module(Hooked):
 
     def eval(self) -> Self:
         """Set evaluation mode; the same as ``train(False)``."""
-        return self.train(False)
+        if getattr(self.train, "__func__", None) is not Module.train:
+            return self.train(False)  # a module with a way of its own
+        self.training = False
+        for child in self.children():
+            child.eval()
+        return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze (``False``) or unfreeze all parameters, known shapes or not."""
@@ -584,35 +583,50 @@ class Module(Hooked):
         for _, box in own_boxes(self):
             if dtype is not None and is_inexact(box.declared_dtype):
                 box.cast(dtype)
-            if device is not None and box.state != "empty":
+        return self if device is None else self._put_on(device)
+
+    def _put_on(self, device: Any) -> Self:
+        for _, box in own_boxes(self):
+            if box.state != "empty":
                 box.sharding = as_sharding(device)
         return self
 
     def type(self, dst_type: Any) -> Self:
         """Cast all parameters and buffers to a dtype."""
-        for box in walk(self).names:
-            box.cast(dst_type)
+        for part in (*self.children(), *(box for _, box in own_boxes(self))):
+            part.type(dst_type) if isinstance(part, Module) else part.cast(dst_type)
+        return self
+
+    def _cast(self, method: str, dtype: Any) -> Self:
+        """Cast floating-point values, those of children through the method of that name."""
+        for child in self.children():
+            getattr(child, method)()
+        for _, box in own_boxes(self):
+            if is_inexact(box.declared_dtype):
+                box.cast(dtype)
         return self
 
     def float(self) -> Self:
         """Cast all floating-point values to float32."""
-        return self.to(jnp.float32)
+        return self._cast("float", jnp.float32)
 
     def double(self) -> Self:
         """Cast all floating-point values to float64 (float32 unless JAX's x64 is enabled)."""
-        return self.to(np.float64)
+        return self._cast("double", np.float64)
 
     def half(self) -> Self:
         """Cast all floating-point values to float16."""
-        return self.to(jnp.float16)
+        return self._cast("half", jnp.float16)
 
     def bfloat16(self) -> Self:
         """Cast all floating-point values to bfloat16."""
-        return self.to(jnp.bfloat16)
+        return self._cast("bfloat16", jnp.bfloat16)
 
     def cpu(self) -> Self:
         """Move all values to the CPU."""
-        return self.to("cpu")
+        for child in self.children():
+            child.cpu()
+        return self._put_on("cpu")
 
     def to_empty(self, *, device: Any = None, recurse: bool = True) -> Self:
         """Give every parameter and buffer its value, at ``device`` if one is given.

@@ -54,6 +54,23 @@ class StateDict(OrderedDict):
         return dict(self), ties, {k: v for k, v in self.wide.items() if k in names}
 
 
+def _rebuild(facts: Any, values: Any) -> StateDict:
+    names, ties, wide = facts
+    state = StateDict(zip(names, values, strict=True))
+    state.ties, state.wide = dict(ties), dict(wide)
+    return state
+
+
+jax.tree_util.register_pytree_with_keys(
+    StateDict,
+    lambda s: (
+        [(jax.tree_util.DictKey(name), value) for name, value in s.items()],
+        (tuple(s), tuple(s.ties.items()), tuple(s.wide.items())),
+    ),
+    _rebuild,
+)
+
+
 def save_state_dict(module: Any, destination: Any, prefix: str, keep_vars: bool) -> Any:
     """Carry out ``Module.state_dict``."""
     is_top = destination is None

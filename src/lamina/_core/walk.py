@@ -113,6 +113,11 @@ class Tree:
                 (prefix + k, c) for k, c in reversed(module._modules.items()) if c is not None
             ]
 
+    @property
+    def boxes(self) -> list[Any]:
+        """Every box once, in order."""
+        return list(self.names)
+
     def _enter(self, name: str, module: Node) -> None:
         module._check_attributes()
         self.modules.append((name, module))

@@ -34,6 +34,5 @@ class Effects:
 
     def pass_on(self, values: Any) -> None:
         """Write the values, as the transform returned them, into the cells outside of it."""
-        for cell, value in zip(self.written, values, strict=True):
-            bind.write(cell, value)
+        bind.write_all(self.written, values)
         bind.note_draws(self.draws)

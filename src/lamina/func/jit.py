@@ -553,8 +553,7 @@ class _Binding:
                 written, result = program.inside(donated, kept, arrays, lanes)
             finally:
                 program.current = None
-        for cell, value in zip(exchange.written, written, strict=True):
-            bind.write(cell, value)
+        bind.write_all(exchange.written, written)
         bind.note_draws(dict(self.draws))
         return program.open(result, self, roots)
 

@@ -389,6 +389,11 @@ class Reach:
             self.objects[id(value)] = value
         if getattr(kind, "__hash__", None) is None and not hasattr(value, "__dict__"):
             raise UnprovenError(_OPAQUE.format(kind=kind.__name__))
+        home = kind.__module__.partition(".")[0]
+        if home in _BY_IDENTITY:
+            self._shape.append(Same(value))
+        if home == _HOME:  # our own: what records, counts or saves changes no result
+            return
         if hasattr(value, "__dict__"):
             self._fields(value, vars(value), name)
         for slot in _slots(kind):
@@ -396,8 +401,6 @@ class Reach:
                 name = self._address(value, name)
                 self._child(name, f"{{}}.{slot}", getattr(value, slot), slot)
         if not hasattr(value, "__dict__") and not _slots(kind):
-            self._shape.append(Same(value))
-        if kind.__module__.partition(".")[0] in _BY_IDENTITY:
             self._shape.append(Same(value))
         if not is_library(kind.__module__):
             name = self._address(value, name)
@@ -642,7 +645,8 @@ _HIDING = (
     weakref.ProxyType, contextvars.ContextVar, threading.local, queue.Queue, queue.SimpleQueue,
 )  # fmt: skip
 """What holds things on ways that can't be walked again."""
-_BY_IDENTITY = frozenset({"jax", "jaxlib", "numpy", "ml_dtypes"})
+_HOME = __name__.partition(".")[0]
+_BY_IDENTITY = frozenset({"jax", "jaxlib", "numpy", "ml_dtypes", _HOME})
 """Packages whose objects never change, or say so."""
 
 

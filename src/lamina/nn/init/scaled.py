@@ -235,7 +235,7 @@ class FanInUniform(Checked):
     @property
     def is_ready(self) -> bool:
         """Whether a value can be drawn."""
-        return self._fan_in() is not None
+        return self.fan_in is not None if self.of is None else None not in self.of.shape
 
     def tree_flatten(self) -> Any:
         """Be a number by the time of drawing, so that all layers share a program."""
@@ -256,7 +256,7 @@ class FanInUniform(Checked):
         return None if None in self.of.shape else fans(self.of.shape)[0]
 
     def __repr__(self) -> str:
-        fan_in = self._fan_in()
+        fan_in = None if self.of is not None and len(self.of.shape) < 2 else self._fan_in()
         if fan_in is None and self.of is not None:
             return f"FanInUniform(of weight {format_shape(self.of.shape)})"
         return f"FanInUniform(fan_in={fan_in})"
@@ -269,7 +269,7 @@ class FanInUniform(Checked):
         fan_in = self._fan_in()
         if fan_in is None:
             raise DeferredError(
-                "FanInUniform: fan_in is not known yet\n"
+                "FanInUniform: fan_in is not known yet; FanInUniform(fan_in=...) gives it\n"
                 "    fix: pass data through the model once, or give it: FanInUniform(in_features)"
             )
         fan_in = jnp.asarray(fan_in, drawing_dtype(dtype))
