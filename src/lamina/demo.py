@@ -354,7 +354,7 @@ def _tie(console: Console, plain: Any, data: Digits, options: argparse.Namespace
     untied = copy.deepcopy(plain)
     untied[5].weight = nn.Parameter(untied[3].weight.data)
     untied[5].bias = nn.Parameter(untied[3].bias.data)
-    x, y = data.test_images, data.test_labels
+    x, y = jnp.asarray(data.test_images), jnp.asarray(data.test_labels)
     gradients_of = jit(grad(lambda net: F.cross_entropy(net(x), y)))
     grads, apart = gradients_of(plain), gradients_of(untied)
     total = apart["3.weight"] + apart["5.weight"]
