@@ -78,10 +78,10 @@ class Summary:
         >>> import lamina
         >>> from lamina import nn
         >>> print(lamina.summary(nn.LazyLinear(4)))
-        name     layer, recipe              output, shape  elements    memory
-        (model)  LazyLinear                                   4 + ?  16 B + ?
-        weight   KaimingUniform(a=sqrt(5))  (4, ?)                ?         ?
-        bias     FanInUniform(fan_in=None)  (4,)                  4      16 B
+        name     layer, recipe                   output, shape  elements    memory
+        (model)  LazyLinear                                        4 + ?  16 B + ?
+        weight   KaimingUniform(a=sqrt(5))       (4, ?)                ?         ?
+        bias     FanInUniform(of weight (4, ?))  (4,)                  4      16 B
         <BLANKLINE>
         parameters  4 (16 B)
         unknown     the sizes of one array (?), not counted above
