@@ -170,7 +170,7 @@ class Jitted:
             if binding is None or not look.agrees(binding.program):
                 program = self._program(call, reach, look)
                 binding = _Binding(program, list(reach.cells))
-        binding.prove(reach, call, self._forget)
+        binding.prove(reach, self._forget)
         return binding
 
     def _known(self, call: _Arguments, reach: Reach) -> _Binding | None:
@@ -386,13 +386,13 @@ class _Program:
     def __init__(self, fn: Any, name: str, make: Any, look: _Look) -> None:
         self.name, self.look = name, look
         self.bindings: list[_Binding] = []
-        self.current: tuple[_Binding, list[Any], tuple[Any, ...]] | None = None
+        self.current: tuple[_Binding, list[Any]] | None = None
         self.template: Any = None
         """How results are put together that are not just arrays."""
 
         def traced(donated: list[Any], kept: list[Any], arrays: list[Any], lanes: Any = ()) -> Any:
             assert self.current is not None
-            binding, roots, _ = self.current
+            binding, roots = self.current
             kind = f"lamina.jit of {name}"
             with Frame(kind, compiled=True, lanes=tuple(lanes), foreign=False) as frame:
                 frame.bind(binding.exchange.donated, donated)
@@ -429,7 +429,7 @@ class _Program:
         arrays = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark is None]
         return result if self.template is None else arrays
 
-    def open(self, result: Any, binding: _Binding, roots: list[Any]) -> Any:
+    def open(self, result: Any, binding: _Binding) -> Any:
         """Put a result together as it is for one binding."""
         if self.template is None:
             return result
@@ -440,7 +440,7 @@ class _Program:
             if mark is None
             else mark[1]
             if mark[0] == "plain"
-            else binding.object_at(mark[1], roots)
+            else binding.object_at(mark[1])
             for mark in marks
         ]
         return jax.tree.unflatten(treedef, leaves)
@@ -461,14 +461,13 @@ class _Binding:
         self.draws: list[tuple[Any, int]] = [(cells[i], n) for i, n in look.draws]
         self.loose = [cells[i] for i in look.loose]
         self.dead: list[Any] = []
-        self.is_built = False
         program.bindings.append(self)
 
     def is_of(self, cells: Any) -> bool:
         """Tell whether it binds these very cells."""
         return len(cells) == len(self.cells) and all(map(operator.is_, self.cells, cells))
 
-    def prove(self, reach: Reach, call: _Arguments, forget: Callable[[Any], None]) -> None:
+    def prove(self, reach: Reach, forget: Callable[[Any], None]) -> None:
         """Take over a proof: the paths, the versions of modules, the forms of loose cells."""
         self.steps, self.versions = reach.holds, reach.versions
         self.objects = [weakref.ref(thing) for thing in reach.objects.values()]
@@ -505,7 +504,7 @@ class _Binding:
     def object_place(self, leaf: Any) -> int | None:
         return self.numbers.get(id(leaf))
 
-    def object_at(self, number: int, roots: list[Any]) -> Any:
+    def object_at(self, number: int) -> Any:
         return self.objects[number]()
 
     def run(self, arrays: list[Any], roots: list[Any]) -> Any:
@@ -514,20 +513,20 @@ class _Binding:
         if program.look.callbacks:
             return self._run_with_callbacks(arrays, roots)
         with LOCK:
-            program.current = (self, roots, ())
+            program.current = (self, roots)
             try:
                 result = self.exchange.run(program.compiled, arrays, program.name)
             finally:
                 program.current = None
             if self.draws:
                 bind.note_draws(dict(self.draws))
-        return result if program.template is None else program.open(result, self, roots)
+        return result if program.template is None else program.open(result, self)
 
     def _run_with_callbacks(self, arrays: list[Any], roots: list[Any]) -> Any:
         """Run without the lock, and giving nothing up: callbacks may read any box meanwhile."""
         program, exchange = self.program, self.exchange
         with LOCK:
-            program.current = (self, roots, ())
+            program.current = (self, roots)
             kept = bind.raw_values(exchange.kept)
             try:
                 program.compiled.lower([], kept, arrays).compile()
@@ -539,7 +538,7 @@ class _Binding:
             for cell, value in zip(exchange.written, written, strict=True):
                 bind.write(cell, value)
             bind.note_draws(dict(self.draws))
-        return program.open(result, self, roots)
+        return program.open(result, self)
 
     def run_inside(self, arrays: list[Any], roots: list[Any]) -> Any:
         """Under grad, vmap and the like: values pass the gate, nothing is given up."""
@@ -548,18 +547,18 @@ class _Binding:
         kept = list(map(bind.read, exchange.kept))
         lanes = [lane for frame in STATE.frames for lane in frame.lanes]
         with LOCK:
-            program.current = (self, roots, ())
+            program.current = (self, roots)
             try:
                 written, result = program.inside(donated, kept, arrays, lanes)
             finally:
                 program.current = None
         bind.write_all(exchange.written, written)
         bind.note_draws(dict(self.draws))
-        return program.open(result, self, roots)
+        return program.open(result, self)
 
     def lower(self, arrays: list[Any], roots: list[Any]) -> Any:
         program, exchange = self.program, self.exchange
-        program.current = (self, roots, ())
+        program.current = (self, roots)
         try:
             values = bind.raw_values(exchange.donated), bind.raw_values(exchange.kept)
             return program.compiled.lower(*values, arrays)

@@ -476,8 +476,7 @@ class Reach:
         self.objects[id(box)] = box
         if isinstance(box, Box):
             name = self._address(box, name)
-            for fact in ("requires_grad",):
-                self._child(name, f"{{}}.{fact}", getattr(box, fact), fact)
+            self._child(name, "{}.requires_grad", box.requires_grad, "requires_grad")
             self._box_facts(box)
 
     def _box_facts(self, box: Any) -> None:
