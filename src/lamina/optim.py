@@ -34,7 +34,7 @@ class _StateCell(Cell):
 
     def __init__(self, optimizer: Any, name: str, shape: Any, dtype: Any) -> None:
         super().__init__()
-        bind.outlive(self)
+        bind.belong(self, optimizer().born)
         self.optimizer, self.name = optimizer, name
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
 
@@ -97,6 +97,7 @@ class Optimizer:
         self._begin()
 
     def _begin(self) -> None:
+        self.born = bind.birth()
         self._made: dict[str, _StateCell] = {}
         """Every cell that was ever needed; those of frozen parameters wait here."""
         self._cells: dict[str, _StateCell] = {}

@@ -116,7 +116,7 @@ class Cell:
         frames = STATE.frames
         if frames:
             _SET_LEVEL(self, len(frames))
-            frames[-1].born.append(self)
+            frames[-1].born[self] = None
         else:
             _SET_LEVEL(self, 0)
         _SET_VALUE(self, value)
@@ -136,6 +136,11 @@ class Cell:
     def is_fixed(self) -> bool:
         """Whether shape and dtype never change, and there is always a value once there is one."""
         return False
+
+    @property
+    def is_vacant(self) -> bool:
+        """Whether there is no value, and none is meant to be there."""
+        return self.is_empty and not self.is_fixed
 
     def describe(self) -> str:
         """Name the cell for a message."""
@@ -195,7 +200,8 @@ class Frame:
         self.levels: dict[Cell, int] = {}
         self.read: dict[Cell, None] = {}
         self.written: dict[Cell, None] = {}
-        self.born: list[Cell] = []
+        self.born: dict[Cell, None] = {}
+        """Cells that were made in it: they end with it, unless they are returned."""
         self.met: dict[Cell, None] = {}
         """(compiled) Cells that were reached without having been bound."""
         self.draws: dict[Cell, int] = {}
@@ -234,6 +240,7 @@ class Frame:
             _run_backwards(self.undo)
         elif self.level > 1:
             state.frames[-2].undo += self.undo
+            state.frames[-2].born |= self.born
         if self.compiled:
             self.context.__exit__(None, None, None)
         state.frames.pop()
@@ -476,9 +483,19 @@ def adopt(cell: Cell, value: Any) -> None:
     _Handed.count += 1
 
 
-def outlive(cell: Any) -> Any:
-    """Let a cell made while tracing belong to no frame; it is met when it is used."""
-    _SET_LEVEL(cell, 0)
+def belong(cell: Any, born: tuple[int, ...]) -> Any:
+    """Let a cell made now be as old as what it belongs to, which :func:`birth` has marked.
+
+    A gradient or a moment that is first needed in a trace lives as long as its parameter.
+    """
+    frames = STATE.frames
+    if frames:
+        level = _level_of(born)
+        _SET_LEVEL(cell, level)
+        if level < len(frames):
+            del frames[-1].born[cell]
+            if level:
+                frames[level - 1].born[cell] = None
     return cell
 
 
@@ -514,20 +531,26 @@ def put_back(cells: Iterable[Cell], values: Iterable[Any]) -> None:
 # Changes that are no writes of values.
 
 
-def birth() -> int | None:
-    """Return what marks an object that is made now as belonging to an open trace."""
-    return (STATE.compiled or STATE.frames[0]).serial if STATE.frames else None
+def birth() -> tuple[int, ...]:
+    """Return what marks an object that is made now as belonging to the open frames."""
+    return tuple(frame.serial for frame in STATE.frames)
 
 
-def is_born_inside(born: int | None) -> bool:
+def _level_of(born: tuple[int, ...]) -> int:
+    """Return how many of the frames in which an object was made are open still."""
+    pairs = zip(STATE.frames, born, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0].serial == pair[1], pairs))
+
+
+def is_born_inside(born: tuple[int, ...]) -> bool:
     """Tell whether an object ends with the trace that is open now."""
-    state = STATE
-    return born is not None and any(frame.serial == born for frame in state.frames)
+    return bool(born) and _level_of(born) > 0
 
 
-def refuse_static_change(born: int | None, message: str, **words: Any) -> None:
+def refuse_static_change(born: tuple[int, ...], message: str, **words: Any) -> None:
     """Refuse a change that a compiled function would make once, while tracing, and then lose."""
-    if STATE.compiled is not None and not is_born_inside(born):
+    compiled = STATE.compiled
+    if compiled is not None and _level_of(born) < compiled.level:
         raise StaticWriteError(message.format(**words))
 
 

@@ -87,7 +87,7 @@ class Parameter(Box):
         """Return the cell that holds the gradient."""
         cell = self._grad
         if cell is None:
-            cell = self._grad = bind.outlive(_Gradient(self.describe))
+            cell = self._grad = bind.belong(_Gradient(self.describe), self._born)
             touch(self.owners)
         return cell
 

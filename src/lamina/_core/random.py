@@ -62,7 +62,7 @@ class Generator:
     """
 
     def __init__(self, seed: Any = 0) -> None:
-        self.stream = bind.outlive(_Stream(_words(seed, 0)))
+        self.stream = _Stream(_words(seed, 0))
 
     def manual_seed(self, seed: Any) -> Generator:
         """Start the stream anew from ``seed``, an int of up to 64 bits; returns the generator."""
@@ -104,7 +104,7 @@ class Generator:
         return np.array(bind.read(self.stream))
 
     def __setstate__(self, words: Any) -> None:
-        self.stream = bind.outlive(_Stream(words))
+        self.stream = _Stream(words)
 
     def __deepcopy__(self, memo: Any) -> Generator:
         twin = type(self).__new__(type(self))

@@ -158,7 +158,7 @@ def _differentiate(
             loss, aux = out if has_aux else (out, None)
             if watch is not None:
                 watch(frame)
-            return loss, (aux_rest.take(aux), effects.collect(frame))
+            return loss, (aux_rest.take(aux), effects.collect(frame, aux_rest))
 
     values = list(map(bind.read, boxes))
     (loss, (aux, states)), (grads, others) = jax.value_and_grad(pure, (0, 1), has_aux=True)(

@@ -18,6 +18,7 @@ import collections
 import contextvars
 import dis
 import functools
+import gc
 import itertools
 import operator
 import queue
@@ -55,7 +56,8 @@ _READS_ALL = frozenset(
 
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _RANDOM = (np.random.Generator, np.random.RandomState, random.Random)
-_CONTAINERS = (list, tuple, dict, set, frozenset, bytearray, collections.deque)
+_MAPPINGS = (dict, types.MappingProxyType)
+_CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset, bytearray, collections.deque)
 _MOST_BYTES = 4096
 _MOST_STEPS = 20_000
 
@@ -326,9 +328,9 @@ class Reach:
     def _container(self, value: Any, name: str | None) -> None:
         kind = type(value)
         self._shape.append((kind, len(value)))
-        if not isinstance(value, (tuple, frozenset)):
+        if not isinstance(value, (tuple, frozenset, types.MappingProxyType)):
             self._undo.append((value, "items", value.copy()))
-        items = list(value.values()) if isinstance(value, dict) else list(value)
+        items = list(value.values()) if isinstance(value, _MAPPINGS) else list(value)
         if isinstance(value, (set, frozenset)):
             self._shape.append(frozenset(map(value_key, value)))
             if name is not None:
@@ -337,7 +339,7 @@ class Reach:
                 if not is_plain(item):
                     self._child(None, "", item, "member")
             return
-        if isinstance(value, dict):
+        if isinstance(value, _MAPPINGS):
             keys = list(value)
             self._shape.append(tuple(map(value_key, keys)))
             if name is not None:
@@ -345,12 +347,12 @@ class Reach:
         if all(map(is_plain, items)):
             self._shape.append(tuple(map(value_key, items)))
             if name is not None:
-                where = f"{name}.values()" if isinstance(value, dict) else name
+                where = f"{name}.values()" if isinstance(value, _MAPPINGS) else name
                 self._expect(f"not same_items({where}, {self._constant(items)})")
             return
-        if name is not None and not isinstance(value, dict):
+        if name is not None and not isinstance(value, _MAPPINGS):
             self._expect(f"len({name}) != {len(items)}")
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        for key, item in value.items() if isinstance(value, _MAPPINGS) else enumerate(value):
             if name is None:
                 self._child(None, "", item, "item")
             elif isinstance(key, (int, str)):
@@ -402,6 +404,12 @@ class Reach:
                 self._child(name, f"{{}}.{slot}", getattr(value, slot), slot)
         if not hasattr(value, "__dict__") and not _slots(kind):
             self._shape.append(Same(value))
+            before = self._owners
+            for part in gc.get_referents(value):
+                if part is not kind:
+                    self._child(None, "", part, "part")
+            if self._owners != before:
+                raise UnprovenError(_HIDDEN.format(kind=kind.__name__))
         if not is_library(kind.__module__):
             name = self._address(value, name)
             if name is not None:

@@ -57,7 +57,7 @@ def scan(
     inputs = Partition(xs)
     owners = [leaf for leaf in inputs.rest if isinstance(leaf, Module)]
     stacked = list(
-        dict.fromkeys(c for owner in owners for c in cells_of(owner) if not _is_empty(c))
+        dict.fromkeys(c for owner in owners for c in cells_of(owner) if not c.is_vacant)
     )
     rows = inputs.chosen, list(map(bind.read, stacked))
     if length is None:
@@ -77,13 +77,11 @@ def scan(
             frame.bind(carried, kept)
             frame.bind(stacked, slices)
             carry, y = fn(carry_rest.give(carry), inputs.combine(arrays))
-            effects.collect(frame)
+            out = carry_rest.take(carry), out_rest.take(y)
+            effects.note(frame, out_rest)
             own = set(carried)
-            changed = [cell for cell in frame.written if cell not in own]
-            return (
-                (carry_rest.take(carry), frame.collect(carried)),
-                (out_rest.take(y), frame.collect(changed)),
-            )
+            changed = [c for c in effects.written if c not in own] + effects.returned
+            return (out[0], frame.collect(carried)), (out[1], frame.collect(changed))
 
     first = carry_rest.take(init)
     steps = jnp.arange(length, dtype=jnp.uint32)
@@ -102,10 +100,6 @@ def scan(
     effects.draws = {stream: count * length for stream, count in effects.draws.items()}
     effects.pass_on([*kept, *slices])
     return carry_rest.give(carry), out_rest.give(ys)
-
-
-def _is_empty(cell: Any) -> bool:
-    return cell.is_empty and getattr(cell, "is_place", True)
 
 
 def _first(cell: Cell) -> Any:
@@ -149,7 +143,7 @@ def remat(
             with effects.frame() as frame:
                 full, keywords = inputs.combine(arrays)
                 out = fn(*full, **keywords)
-                return outputs.take(out), effects.collect(frame)
+                return outputs.take(out), effects.collect(frame, outputs)
 
         remade = jax.checkpoint(pure, policy=policy, prevent_cse=prevent_cse)
         out, values = remade(inputs.chosen)

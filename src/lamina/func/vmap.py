@@ -65,7 +65,7 @@ def vmap(
         stacked: dict[Cell, int] = {}
         for leaf, axis in zip(inputs.leaves, axis_of, strict=True):
             if isinstance(leaf, Module) and axis is not None:
-                stacked.update((c, axis) for c in cells_of(leaf) if not _is_empty(c))
+                stacked.update((c, axis) for c in cells_of(leaf) if not c.is_vacant)
         out_rest, effects = Carrier(), Effects("lamina.vmap")
         changed: list[Cell] = []
         values = list(map(bind.read, stacked))
@@ -80,11 +80,14 @@ def vmap(
                 mine = frame.collect(changed)
                 for cell in changed:
                     del frame.written[cell]
-                return out_rest.take(out), mine, effects.collect(frame)
+                out = out_rest.take(out)
+                shared = effects.collect(frame, out_rest)
+                count = len(effects.written)
+                return out, (mine, shared[count:]), shared[:count]
 
         outs = _Axes(out_axes, out_rest)
         try:
-            result, mine, shared = jax.vmap(
+            result, (mine, made), shared = jax.vmap(
                 pure,
                 in_axes=(array_axes, list(stacked.values()), 0),
                 out_axes=(outs.prefix(), 0, None),
@@ -98,7 +101,7 @@ def vmap(
             raise
         for cell, value in zip(changed, mine, strict=True):
             bind.write(cell, jnp.moveaxis(value, 0, stacked[cell]))
-        effects.pass_on(shared)
+        effects.pass_on([*shared, *made])
         return out_rest.give(outs.finish(result))
 
     if hasattr(fn, "__name__"):
@@ -152,10 +155,6 @@ def _size(arrays: Any, axes: Any, values: Any, value_axes: Any, given: int | Non
     if given is None:
         raise ValueError("vmap: nothing is mapped; give an axis in in_axes, or axis_size")
     return given
-
-
-def _is_empty(cell: Any) -> bool:
-    return cell.is_empty and getattr(cell, "is_place", True)
 
 
 def stack(models: Sequence[Module]) -> Module:
@@ -248,16 +247,16 @@ def unstack(model: Module) -> list[Module]:
         >>> len(models), models[0].weight.shape
         (2, (2, 3))
     """
-    sizes = {jnp.shape(bind.read(c))[0] for c in cells_of(model) if not _is_empty(c)}
+    sizes = {jnp.shape(bind.read(c))[0] for c in cells_of(model) if not c.is_vacant}
     if len(sizes) != 1:
         raise ShapeError(f"unstack: expected one common first axis, got sizes {sorted(sizes)}")
     result = []
     for place in range(sizes.pop()):
         twin = copy.deepcopy(model)
         for cell in cells_of(twin):
-            if isinstance(cell, Box) and not _is_empty(cell):
+            if isinstance(cell, Box) and not cell.is_vacant:
                 cell.replace(cell.data[place])
-            elif not _is_empty(cell):
+            elif not cell.is_vacant:
                 bind.write(cell, bind.read(cell)[place])
         result.append(twin)
     return result
