@@ -507,6 +507,12 @@ def settled_value(cell: Cell) -> Any:
     return cell._value
 
 
+def is_at_hand(cell: Cell) -> bool:
+    """Tell whether reading a cell is sure to succeed, and makes nothing depend on it anew."""
+    compiled = STATE.compiled
+    return cell in compiled.values if compiled else not is_tracer(cell._value)
+
+
 def raw_values(cells: Iterable[Cell]) -> list[Any]:
     """Return what cells hold now, for tracing and for looking at types: not for users."""
     return list(map(_VALUE, cells))
@@ -547,10 +553,15 @@ def is_born_inside(born: tuple[int, ...]) -> bool:
     return bool(born) and _level_of(born) > 0
 
 
+def outlives_compiled(born: tuple[int, ...]) -> bool:
+    """Tell whether a compiled function is being traced that ends before an object does."""
+    compiled = STATE.compiled
+    return compiled is not None and _level_of(born) < compiled.level
+
+
 def refuse_static_change(born: tuple[int, ...], message: str, **words: Any) -> None:
     """Refuse a change that a compiled function would make once, while tracing, and then lose."""
-    compiled = STATE.compiled
-    if compiled is not None and _level_of(born) < compiled.level:
+    if outlives_compiled(born):
         raise StaticWriteError(message.format(**words))
 
 

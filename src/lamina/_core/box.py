@@ -16,7 +16,7 @@ import numpy as np
 
 from . import bind
 from .bind import STATE, Cell
-from .draw import Origin, Recipe, draw
+from .draw import Origin, Recipe, TracedSeed, draw
 from .errors import DeferredError, ShapeError, TypeMismatchError, format_shape
 from .operators import Operators
 from .random import BIRTHS, Generator
@@ -393,11 +393,14 @@ class Box(Cell, Operators):
             return self._origin
         root, name = identify(self)
         if root is None:
-            self._birth = seed, number = self._birth or BIRTHS.take()
+            self._birth = seed, number = self._birth or BIRTHS.take(self._born)
         else:
             seed, number = origin_of(root, BIRTHS.take)
         if self._seed is not None:
-            seed, number = self._seed, number if isinstance(self._seed, tuple) else 0
+            fresh = getattr(seed, "fresh", False)
+            seed, number = self._seed, 0 if isinstance(self._seed, jax.Array) else number
+            if fresh and isinstance(seed, TracedSeed):
+                seed = TracedSeed(seed.words, fresh)
         BIRTHS.use(seed, number)
         return seed, number, name
 
@@ -421,9 +424,15 @@ class Box(Cell, Operators):
                 f"got {type(recipe).__name__}; for fixed values use nn.init.Value(array)\n"
                 f"    fix: p.initialize(nn.init.Value(array))"
             )
-        self._recipe, self._origin = recipe, None
-        self._seed = key if key is not None else BIRTHS.seed()
-        if not self.is_empty:
+        seed = key if key is not None else BIRTHS.seed_inside() if STATE.frames else BIRTHS.seed()
+        former = self._recipe, self._origin, self._seed
+        self._recipe, self._origin, self._seed = recipe, None, seed
+        if bind.outlives_compiled(self._born):  # only the value is new in each call
+            try:
+                bind.write(self, self._checked(self.drawn(self.origin())))
+            finally:
+                self._recipe, self._origin, self._seed = former
+        elif not self.is_empty:
             bind.write(self, self._checked(self.drawn(self.origin())))
         return self
 

@@ -15,15 +15,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import ShapeError
+from .errors import ShapeError, StaticWriteError
 
-__all__ = ["Origin", "Recipe", "draw", "name_words", "seed_key"]
+__all__ = ["Origin", "Recipe", "TracedSeed", "draw", "name_words", "seed_key"]
 
 Recipe = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 Origin = tuple[Any, int, str]
 """From what a value follows: a seed (two 32-bit words, or a JAX key), the number of the model under
 that seed, and the parameter's name."""
+
+
+class TracedSeed:
+    """A seed inside a transform, where its words are an input.
+
+    Attributes:
+        words: the random state, a tracer.
+        fresh: whether uncompiled another value would be drawn at each call, since each call builds
+            another model; the number of that model is not known inside.
+    """
+
+    def __init__(self, words: Any, fresh: bool) -> None:
+        self.words, self.fresh = words, fresh
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TracedSeed) and self.words is other.words
+
+    def __hash__(self) -> int:
+        return id(self.words)
 
 
 def name_words(name: str) -> tuple[int, int]:
@@ -54,7 +73,14 @@ def draw(
         ShapeError: if the recipe returns another shape or dtype.
     """
     seed, number, name = origin
-    words = np.array([number, *name_words(name)], np.uint32)
+    words: Any = np.array([number, *name_words(name)], np.uint32)
+    if isinstance(seed, TracedSeed):
+        if seed.fresh and _varies(recipe, shape, dtype):
+            raise StaticWriteError(_FRESH.format(label=label))
+        words = jnp.concatenate([seed.words[:2], words])
+        return _run(recipe, None, words, shape, dtype, sharding)
+    if isinstance(seed, jax.core.Tracer):
+        return _run(recipe, seed, words, shape, dtype, sharding)
     if isinstance(seed, tuple):
         words = np.array([*seed, *words], np.uint32)
         seed = None
@@ -71,6 +97,14 @@ def draw(
             f"    fix: a recipe is (key, shape, dtype) -> Array of that shape and dtype"
         )
     return value
+
+
+def _varies(recipe: Recipe, shape: tuple[int, ...], dtype: Any) -> bool:
+    """Tell whether a recipe gives random values."""
+    words = np.arange(10, dtype=np.uint32)
+    with jax.ensure_compile_time_eval():
+        one, two = (_run(recipe, None, w, shape, dtype, None) for w in (words[:5], words[5:]))
+        return not np.array_equal(one, two, equal_nan=True)
 
 
 def _key(seed: Any, words: Any) -> jax.Array:
@@ -100,3 +134,8 @@ def _program(function: Any, treedef: Any, shape: Any, dtype: Any, sharding: Any)
         return value if drawn == dtype else jnp.asarray(value).astype(dtype)
 
     return jax.jit(program, out_shardings=sharding)
+
+
+_FRESH = """{label} is drawn in a module that is built inside a compiled function: each call would \
+draw the same values, while tracing, and uncompiled each call draws others.
+    fix: with lamina.rng(lamina.next_key()): layer = nn.Linear(3, 3), or build it outside"""

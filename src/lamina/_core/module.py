@@ -73,7 +73,7 @@ class Module(Hooked):
             if part.state == "unshaped" and part.is_unshaped:
                 links.pending = True
             if not links.parents and links.origin is None:
-                links.origin = BIRTHS.take()
+                links.origin = BIRTHS.take(links.born)
             return
         if not isinstance(part, Module):
             return
@@ -754,7 +754,7 @@ class Module(Hooked):
         twin = copy.deepcopy(self)
         for box in walk(twin).names:
             box.forget()
-        twin._links.origin = BIRTHS.take()
+        twin._links.origin = BIRTHS.take(twin._links.born)
         return twin
 
 

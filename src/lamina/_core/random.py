@@ -17,7 +17,7 @@ import numpy as np
 
 from . import bind
 from .bind import STATE, Cell
-from .draw import seed_key
+from .draw import TracedSeed, seed_key
 
 __all__ = ["BIRTHS", "DEFAULT", "Births", "Generator", "manual_seed", "next_key", "rng"]
 
@@ -173,29 +173,40 @@ class Births:
 
     def seed(self) -> Seed:
         """Return the seed in force as two 32-bit words."""
-        words = bind.settled_value(DEFAULT.stream)
+        words = bind.raw_values([DEFAULT.stream])[0]
+        if bind.is_tracer(words):
+            words = bind.settled_value(DEFAULT.stream)
         seed = (int(words[0]), int(words[1]))
         if seed != self._seed:
             self.restart()
             self._seed = seed
         return self._seed
 
+    def seed_inside(self, fresh: bool = False) -> Any:
+        """Return the seed in force for what ends with the open trace: there it is an input."""
+        words = bind.read(DEFAULT.stream)
+        if not bind.is_tracer(words):
+            return self.seed()
+        home = next(f for f in reversed(STATE.frames) if DEFAULT.stream in f.values)
+        return TracedSeed(words, fresh and home.kind != "rng")
+
     def use(self, seed: Any, number: int) -> None:
         """Note that values are drawn under a number."""
         if isinstance(seed, tuple):
             self.used.add((seed, number))
 
-    def take(self) -> tuple[Seed, int]:
+    def take(self, born: tuple[int, ...] = ()) -> tuple[Any, int]:
         """Return the origin of a new model."""
-        seed = self.seed()
+        seed = self.seed_inside(fresh=True) if bind.is_born_inside(born) else self.seed()
         number = self.number
         self.number += 1
         return seed, number
 
-    def give_back(self, origin: tuple[Seed, int]) -> None:
+    def give_back(self, origin: tuple[Any, int]) -> None:
         """Free the number of a part that has become a piece of a larger model."""
         seed, number = origin
-        if seed != self._seed or number >= self.number or origin in self.used:
+        old = isinstance(seed, tuple) and seed != self._seed
+        if old or number >= self.number or origin in self.used:
             return
         self.free.add(number)
         while self.number - 1 in self.free:
@@ -271,9 +282,13 @@ def rng(seed: Any) -> Iterator[Generator]:
             bind.write(stream, former)
             BIRTHS.resume(births)
         return
+    births = BIRTHS.set_aside()
     with bind.Frame("rng") as frame:
         frame.bind([stream], [words])
-        yield DEFAULT
+        try:
+            yield DEFAULT
+        finally:
+            BIRTHS.resume(births)
         written = [cell for cell in frame.written if cell is not stream]
         values = frame.collect(written)
     for cell, value in zip(written, values, strict=True):

@@ -158,10 +158,10 @@ def walk(root: Node) -> Tree:
     return links.tree
 
 
-def origin_of(module: Node, take: Callable[[], Any]) -> Any:
+def origin_of(module: Node, take: Callable[[Any], Any]) -> Any:
     """Return the seed and number of a model, which gets one if it has none yet."""
     links = module._links
-    links.origin = links.origin or take()
+    links.origin = links.origin or take(links.born)
     return links.origin
 
 

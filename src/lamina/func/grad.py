@@ -227,7 +227,11 @@ def backward(fn: Callable[..., Any], *args: Any, has_aux: bool = False, **kwargs
     """
     code = getattr(fn, "__code__", None)
     guess = [box for ref in _TOUCHED.get(code, ()) if (box := ref()) is not None]
-    boxes: list[Any] = [box for box in guess if is_trainable(box) and box.state != "unshaped"]
+    boxes: list[Any] = [
+        box
+        for box in guess
+        if is_trainable(box) and box.state != "unshaped" and bind.is_at_hand(box)
+    ]
     touched: list[Any] = []
     new: list[Any] = []
 
