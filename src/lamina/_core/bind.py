@@ -344,7 +344,7 @@ def write(cell: Cell, value: Any) -> None:
     frame = frames[-1]
     if trace_mark() != frame.trace:
         raise ForeignTransformError(_INNER_WRITE.format(box=cell.describe(), kind=frame.kind))
-    if state.inferring and cell._level == 0:
+    if state.inferring and _first_level(cell) == 0:
         raise StaticWriteError(_INFERRING.format(box=cell.describe(), kind=frame.kind))
     compiled = state.compiled
     if compiled is not None and cell._level < compiled.level:
@@ -357,13 +357,32 @@ def write(cell: Cell, value: Any) -> None:
         _hand_out(cell, value)
 
 
+def write_unless_changed(
+    cells: Iterable[Cell], values: Iterable[Any], taken: dict[Cell, Any]
+) -> None:
+    """Write the results of a program that ran without the lock.
+
+    A cell that meanwhile has another value than was taken from it keeps that: the write of another
+    thread came last.
+    """
+    for cell, value in zip(cells, values, strict=True):
+        if cell not in taken or cell._value is taken[cell]:
+            write(cell, value)
+
+
+def _first_level(cell: Cell) -> int:
+    """Return in which frame a cell was made, wherever it may be bound now; 0 is outside."""
+    return next((f.levels[cell] for f in STATE.frames if cell in f.levels), cell._level)
+
+
 def write_all(cells: Iterable[Cell], values: Iterable[Any]) -> None:
     """Write several values, or, if one of them would be lost, none."""
     pairs = list(zip(cells, values, strict=True))
     if pairs and not STATE.frames and trace_mark() != CLEAN:
         lost = next((cell for cell, value in pairs if is_tracer(value)), None)
         if lost is not None or staging():
-            raise ForeignTransformError(_FOREIGN_WRITE.format(box=(lost or pairs[0][0]).describe()))
+            first = pairs[0][0] if lost is None else lost
+            raise ForeignTransformError(_FOREIGN_WRITE.format(box=first.describe()))
     for cell, value in pairs:
         write(cell, value)
 
@@ -407,6 +426,10 @@ def _check_foreign_read(cell: Cell) -> None:
         raise ForeignTransformError(_KEPT_BY_JAX.format(box=cell.describe()))
 
 
+_OPEN_NO_FRAME = frozenset({"__call__", "_slow", "run_inside"})
+"""Methods by which compiled functions are called from inside of other transforms."""
+
+
 def _kept_by_jax() -> bool:
     """Tell whether some function on the stack that JAX has called may outlive this call.
 
@@ -419,7 +442,8 @@ def _kept_by_jax() -> bool:
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if STATE.frames and name.startswith("lamina.func."):
+        ours = name.startswith("lamina.func.") and frame.f_code.co_name not in _OPEN_NO_FRAME
+        if STATE.frames and ours:
             break  # what is further out was called before lamina's frame was opened
         if not name.startswith(("jax.", "lamina._core.bind")):
             defined.update(c for c in frame.f_code.co_consts if hasattr(c, "co_code"))
@@ -432,7 +456,15 @@ def _kept_by_jax() -> bool:
 
 
 def _is_method(frame: Any) -> bool:
-    """Tell whether a frame runs a method of its first argument, looked up for the call."""
+    """Tell whether a frame runs a method of its first argument, looked up for the call.
+
+    ``jax.jit(net.block)`` may live on, and its method with it.
+    """
+    above = frame.f_back
+    while above is not None and above.f_globals.get("__name__", "").startswith("jax."):
+        if above.f_globals["__name__"].endswith(".pjit"):
+            return False
+        above = above.f_back
     code = frame.f_code
     if not code.co_argcount or code.co_name == "__call__":
         return False
@@ -563,6 +595,12 @@ def refuse_static_change(born: tuple[int, ...], message: str, **words: Any) -> N
     """Refuse a change that a compiled function would make once, while tracing, and then lose."""
     if outlives_compiled(born):
         raise StaticWriteError(message.format(**words))
+
+
+def refuse_tracer_part(cls: str, name: str, cells: Iterable[Cell]) -> None:
+    """Refuse parts that hold arrays which would outlive the trace that they belong to."""
+    if any(map(is_tracer, raw_values(cells))):
+        raise StaticWriteError(_TRACER_PART.format(cls=cls, name=name, kind=STATE.frames[-1].kind))
 
 
 def refuse_tracer_attribute(cls: str, name: str) -> None:
@@ -744,6 +782,10 @@ _TRACER_ATTRIBUTE = """{cls}.{name} is a plain attribute, and under `{kind}` the
 it exists only while tracing.
     fix: declare it in __init__: self.register_buffer({name!r}, None, persistent=False); then \
 `self.{name} = array` works everywhere and the value comes out"""
+
+_TRACER_PART = """{cls}.{name} is to hold an array that was computed under `{kind}` and exists only \
+while tracing.
+    fix: give it a recipe, nn.Parameter(shape=..., init=nn.init.Constant(0.5)), or assign it outside"""
 
 _UNPROVEN = """{box} is reached by `{kind}` on a way that can't be checked again at every call.
     fix: pass it as an argument of the compiled function"""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Self
 
 from . import bind
-from .bind import STATE
-from .walk import touch
+from .bind import STATE, Cell
+from .walk import cells_of, touch
 
 __all__ = ["Registry"]
 
@@ -24,9 +24,13 @@ class Registry(dict):
         self.owner = owner
 
     def __setitem__(self, name: str, value: Any) -> None:
+        owner = self.owner()
+        lasts = STATE.frames and owner is not None and not bind.is_born_inside(owner._links.born)
+        if lasts and value is not None:
+            cells = [value] if isinstance(value, Cell) else cells_of(value)
+            bind.refuse_tracer_part(type(owner).__name__, name, cells)
         self._changing(name)
         super().__setitem__(name, value)
-        owner = self.owner()
         if owner is not None and value is not None:
             owner._adopt(value)
 

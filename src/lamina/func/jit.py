@@ -535,8 +535,7 @@ class _Binding:
         written, result = program.compiled([], kept, arrays)
         jax.block_until_ready(written)
         with LOCK:
-            for cell, value in zip(exchange.written, written, strict=True):
-                bind.write(cell, value)
+            bind.write_unless_changed(exchange.written, written, dict(zip(exchange.kept, kept)))
             bind.note_draws(dict(self.draws))
         return program.open(result, self)
 
@@ -545,7 +544,7 @@ class _Binding:
         program, exchange = self.program, self.exchange
         donated = list(map(bind.read, exchange.donated))
         kept = list(map(bind.read, exchange.kept))
-        lanes = [lane for frame in STATE.frames for lane in frame.lanes]
+        lanes = [lane for frame in reversed(STATE.frames) for lane in frame.lanes]
         with LOCK:
             program.current = (self, roots)
             try:

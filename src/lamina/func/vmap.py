@@ -187,11 +187,10 @@ def stack(models: Sequence[Module]) -> Module:
             where = 0 if name in columns[0] else place
             problems.append(f"  {name}: only in model {where}")
         for name in columns[0].keys() & other.keys():
-            if columns[0][name].shape != other[name].shape:
-                problems.append(
-                    f"  {name}: {columns[0][name].shape} in model 0, {other[name].shape} in model "
-                    f"{place}"
-                )
+            for fact in ("shape", "dtype", "requires_grad"):
+                one, two = (getattr(boxes[name], fact) for boxes in (columns[0], other))
+                if one != two:
+                    problems.append(f"  {name}: {fact} {one} in model 0, {two} in model {place}")
         if walk(models[0]).aliases != walk(models[place]).aliases:
             problems.append(f"  the ties of model 0 and of model {place} differ")
         problems += _different_attributes(models[0], models[place], place)
