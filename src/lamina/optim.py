@@ -27,15 +27,21 @@ __all__ = ["Optimizer"]
 
 
 class _StateCell(Cell):
-    """One array of an optimizer's state; its first value comes from the transformation."""
+    """One array of an optimizer's state; its first value comes from the transformation.
 
-    __slots__ = ("dtype", "name", "optimizer", "shape")
+    Attributes:
+        path: the parts of its name, in which a parameter's own name is ``None``.
+        owner: a weak reference to that parameter, if there is one.
+    """
+
+    __slots__ = ("dtype", "name", "optimizer", "owner", "path", "shape")
     is_fixed = True  # type: ignore[assignment]
 
-    def __init__(self, optimizer: Any, name: str, shape: Any, dtype: Any) -> None:
+    def __init__(self, optimizer: Any, path: Any, owner: Any, shape: Any, dtype: Any) -> None:
         super().__init__()
         bind.belong(self, optimizer().born)
-        self.optimizer, self.name = optimizer, name
+        self.optimizer, self.name, self.path = optimizer, "", path
+        self.owner = None if owner is None else weakref.ref(owner)
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
 
     def describe(self) -> str:
@@ -91,20 +97,34 @@ class Optimizer:
                 f"Optimizer: expected an optax transformation, got {type(tx).__name__}\n"
                 f"    fix: for instance optax.adam(1e-3)"
             )
-        self.net = net
-        self._prefixes = [f"{i}." for i in range(len(nets))] if nets != [net] else [""]
-        self._tx = optax.with_extra_args_support(tx)
-        self._begin()
+        prefixes = [f"{i}." for i in range(len(nets))] if nets != [net] else [""]
+        self._begin(net, prefixes, optax.with_extra_args_support(tx), {})
 
-    def _begin(self) -> None:
+    def _begin(self, net: Any, prefixes: list[str], tx: Any, values: dict[str, Any]) -> None:
+        self._net, self._prefixes, self._tx = net, prefixes, tx
         self.born = bind.birth()
-        self._made: dict[str, _StateCell] = {}
-        """Every cell that was ever needed; those of frozen parameters wait here."""
+        self._values = values
+        """What cells that will be made start with, by name: the state of a copy."""
+        self._made: dict[Any, _StateCell] = {}
+        """Every cell that was ever needed, by its parameter and its path, so that it is found
+        again when the parameter has another name, or was frozen for a while."""
         self._cells: dict[str, _StateCell] = {}
         self._names: dict[str, Parameter] = {}
         self._treedef: Any = None
-        self._specs: Any = None
+        self._facts: Any = None
         self._revisions: Any = None
+
+    @property
+    def net(self) -> Any:
+        """The model, or the list of models."""
+        return self._net
+
+    @net.setter
+    def net(self, net: Any) -> None:
+        raise AttributeError(
+            "an optimizer's model can't be replaced: its state belongs to the model's parameters\n"
+            "    fix: opt = lamina.Optimizer(net, tx)"
+        )
 
     @property
     def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -148,25 +168,38 @@ class Optimizer:
                 f"the optimizer's state can't be made yet, sizes are unknown: {', '.join(unknown)}"
                 f"\n    fix: pass data through the model once, net(x), or call lamina.infer"
             )
-        specs = {n: jax.ShapeDtypeStruct(box.shape, box.dtype) for n, box in names.items()}
-        if specs != self._specs:
+        facts = {n: (id(box), box.shape, box.dtype) for n, box in names.items()}
+        if facts != self._facts:
+            made = self._made.items()
+            self._made = {k: c for k, c in made if c.owner is None or c.owner() is not None}
+            specs = {n: jax.ShapeDtypeStruct(box.shape, box.dtype) for n, box in names.items()}
             shapes = jax.eval_shape(self._tx.init, specs)
             leaves, self._treedef = jax.tree_util.tree_flatten_with_path(shapes)
-            me, self._cells = weakref.ref(self), {}
-            for path, leaf in leaves:
-                name = _join(path)
-                cell = self._made.get(name)
-                if cell is None or cell.shape != leaf.shape:
-                    cell = self._made[name] = _StateCell(me, name, leaf.shape, leaf.dtype)
-                elif cell.dtype != leaf.dtype:
-                    cell.dtype = np.dtype(leaf.dtype)
-                    if not cell.is_empty:
-                        bind.write(cell, bind.read(cell).astype(leaf.dtype))
-                self._cells[name] = cell
             self._owners = [_owner(path, names) for path, _ in leaves]
-            self._specs = specs
+            self._cells = {}
+            for (path, leaf), owner in zip(leaves, self._owners, strict=True):
+                self._cells[_join(path)] = self._cell(path, leaf, owner, names.get(owner))
+            self._facts = facts
         self._names, self._revisions = names, revisions
         return names
+
+    def _cell(self, path: Any, leaf: Any, owner: str | None, box: Parameter | None) -> _StateCell:
+        """Return the cell for one leaf of the state, the one of old if there is one."""
+        name = _join(path)
+        place = tuple(None if part == owner else part for part in map(_part, path))
+        cell = self._made.get((id(box), place))
+        if cell is None or cell.shape != leaf.shape:
+            cell = _StateCell(weakref.ref(self), place, box, leaf.shape, leaf.dtype)
+            self._made[id(box), place] = cell
+            value = self._values.pop(name, None)
+            if value is not None and value.shape == leaf.shape:
+                bind.settle(cell, jnp.asarray(value, leaf.dtype))
+        elif cell.dtype != leaf.dtype:
+            cell.dtype = np.dtype(leaf.dtype)
+            if not cell.is_empty:
+                bind.write(cell, bind.read(cell).astype(leaf.dtype))
+        cell.name = name
+        return cell
 
     def make_first_values(self) -> None:
         """Give state that has no value yet its first one."""
@@ -358,7 +391,12 @@ class Optimizer:
     # Copying: the model is copied with it, by one deepcopy of both to the same copy.
 
     def __getstate__(self) -> dict[str, Any]:
-        values = {n: np.asarray(bind.read(c)) for n, c in self._made.items() if not c.is_empty}
+        values, names = dict(self._values), self._all_names()
+        for cell in self._made.values():
+            box = None if cell.owner is None else cell.owner()
+            if not cell.is_empty and (cell.owner is None or box in names):
+                name = ".".join(names[box] if part is None else part for part in cell.path)
+                values[name] = np.asarray(bind.read(cell))
         return {"net": self.net, "prefixes": self._prefixes, "values": values}
 
     def __reduce__(self) -> Any:
@@ -369,16 +407,8 @@ class Optimizer:
         memo[id(self)] = twin
         state = self.__getstate__()
         state["net"] = copy.deepcopy(self.net, memo)
-        twin._restore(state, self._tx)
+        twin._begin(state["net"], state["prefixes"], self._tx, state["values"])
         return twin
-
-    def _restore(self, state: dict[str, Any], tx: Any) -> None:
-        self.net, self._prefixes, self._tx = state["net"], state["prefixes"], tx
-        self._begin()
-        me = weakref.ref(self)
-        for name, value in state["values"].items():
-            cell = self._made[name] = _StateCell(me, name, value.shape, value.dtype)
-            bind.settle(cell, jnp.asarray(value))
 
 
 class _Hyperparams(MutableMapping[str, Any]):
@@ -473,13 +503,12 @@ def _compiled(tx: Any) -> Any:
 
 def _join(path: Any) -> str:
     """Write a path into an optax state as a name: ``0.mu.layer.weight``."""
-    parts = []
-    for key in path:
-        for field in ("key", "name", "idx"):
-            if hasattr(key, field):
-                parts.append(str(getattr(key, field)))
-                break
-    return ".".join(parts)
+    return ".".join(map(_part, path))
+
+
+def _part(key: Any) -> str:
+    fields = (getattr(key, field, None) for field in ("key", "name", "idx"))
+    return str(next(field for field in fields if field is not None))
 
 
 def _owner(path: Any, names: Mapping[str, Parameter]) -> str | None:
@@ -562,5 +591,5 @@ def _built(value: Any) -> Any:
 
 def _rebuild(state: dict[str, Any], tx: Any) -> Optimizer:
     optimizer = Optimizer.__new__(Optimizer)
-    optimizer._restore(state, _built(tx))
+    optimizer._begin(state["net"], state["prefixes"], _built(tx), state["values"])
     return optimizer

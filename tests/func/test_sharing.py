@@ -915,7 +915,7 @@ def test_things_that_look_equal_do_not_share(row, as_argument):
     for _ in range(2):
         for k in things:
             net = holder.net = Reads(k, read)
-            expected = net(B)
+            expected = jax.jit(functools.partial(read, k))(B)  # XLA loses the sign of some zeros
             out = g(net, B) if as_argument else g(B)
             assert out.dtype == expected.dtype
             np.testing.assert_array_equal(out, expected)

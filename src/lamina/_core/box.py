@@ -316,12 +316,21 @@ class Box(Cell, Operators):
         """Put a value where this box's value is declared to lie."""
         sharding = self._sharding
         if sharding is None:
-            return value
+            return self._beside_others(value)
         if not bind.is_tracer(value):
             return value if value.sharding == sharding else jax.device_put(value, sharding)
         if len(sharding.device_set) == 1:
             return value
         return jax.lax.with_sharding_constraint(value, sharding)
+
+    def _beside_others(self, value: Any) -> Any:
+        """Spread a value over the devices over which the present one is spread, if it is."""
+        held = bind.raw_values([self])[0]
+        if held is None or bind.is_tracer(held) or bind.is_tracer(value):
+            return value
+        spread, here = (len(v.sharding.device_set) > 1 for v in (held, value))
+        fits = spread and not here and held.shape == value.shape
+        return jax.device_put(value, held.sharding) if fits else value
 
     def _mismatch(self, what: str, expected: Any, got: Any) -> str:
         fix = (
@@ -386,6 +395,11 @@ class Box(Cell, Operators):
             self._recipe, origin, sizes, np.dtype(canonical(self._dtype)), self._sharding,
             self.describe(),
         )  # fmt: skip
+
+    @property
+    def promised(self) -> Origin | None:
+        """The origin that was fixed when the box was copied, and that its copies share."""
+        return self._origin
 
     def origin(self) -> Origin:
         """Return from which seed, model number and name the value follows."""

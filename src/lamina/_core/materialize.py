@@ -122,9 +122,13 @@ def materialize(
             + "\n    fix: pass an input, lamina.materialize(net, "
             "jax.ShapeDtypeStruct((batch, features), jnp.float32)), or set p.init"
         )
+    named: dict[Any, str] = {}
+    """Copies that were made before there were values draw under the name of the first of them."""
     for box, name in names.items():
         again = overwrite and box.init is not None and box.state == "material"
         if box.state == "abstract" or again:
+            if key is not None:
+                name = named.setdefault(box if box.promised is None else box.promised, name)
             value = box.drawn(box.origin() if key is None else (key, 0, name))
             bind.write(box, value) if again else bind.settle(box, value)
     return net

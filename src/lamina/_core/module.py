@@ -311,8 +311,8 @@ class Module(Hooked):
             )
 
     def has_uninitialized_params(self) -> bool:
-        """Tell whether some size of the module's own parameters or buffers is unknown."""
-        return any(box.is_unshaped and not box.is_place for _, box in own_boxes(self))
+        """Tell whether some size of a parameter or buffer is unknown, here or below."""
+        return any(box.is_unshaped and not box.is_place for box in walk(self).names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = STATE
@@ -364,7 +364,7 @@ class Module(Hooked):
         try:
             bind.on_error(lambda: self._become(cls, True))
             self.infer_shapes(*args, **kwargs)
-            pending = self.has_uninitialized_params()
+            pending = any(b.is_unshaped and not b.is_place for _, b in own_boxes(self))
             self._become(become if become is not None and not pending else cls, pending)
         finally:
             state.inferring = former

@@ -89,7 +89,9 @@ class Operators:
         return self._updated(value + plain_array(weight) * (plain_array(end) - value))
 
     def clamp_(self, min: Any = None, max: Any = None) -> Self:
-        """Limit every element to ``[min, max]``, in place."""
+        """Limit every element to ``[min, max]``, in place; one of the two may be left out."""
+        if min is None and max is None:
+            raise TypeError("clamp_: give min, max or both")
         bounds = [None if bound is None else plain_array(bound) for bound in (min, max)]
         return self._updated(jnp.clip(self.data, *bounds))
 

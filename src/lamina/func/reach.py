@@ -603,7 +603,8 @@ def _is_library_thing(value: Any) -> bool:
     if isinstance(value, type):
         return is_library(value.__module__) or value.__module__ == "builtins"
     if isinstance(value, types.FunctionType):
-        return is_library(value.__globals__.get("__name__")) and not value.__closure__
+        local = value.__closure__ or "<locals>" in value.__qualname__  # made anew each time
+        return is_library(value.__globals__.get("__name__")) and not local
     if hasattr(value, "__wrapped__"):
         home = getattr(value, "__module__", None)
         return is_library(home) and not type(value).__module__.startswith(__name__[:6])
