@@ -335,7 +335,7 @@ def test_arrays_in_fields_are_inputs():
     config = types.SimpleNamespace(table=np.ones(2, np.float32), nested={"a": [jnp.zeros(())]})
     assert value(f(net, config, X)) == 1
     f(net, config, X)
-    fours, one = jnp.full(2, 4.0), jnp.ones(())
+    fours, one = jnp.full(2, 4.0, jnp.float32), jnp.ones(())
     with Runs(step) as runs:
         config.table[:] = 3.0
         assert value(f(net, config, X)) == 3
@@ -858,8 +858,7 @@ def test_a_torch_tensor_as_an_attribute(torch):
         assert "fix:" in str(error)  # noqa: PT017
         return
     assert first == 1
-    net.table.mul_(5)
-    assert value(f(net, X)) == 5
+    assert isinstance(net.table, jax.Array)  # a copy
     net.table = torch.full((2,), 7.0)
     assert value(f(net, X)) == 7
 
@@ -902,7 +901,7 @@ def test_what_gives_itself_as_an_array(kind):
         data[:] = 3
         assert value(f(net, image)) == 3
         assert value(f(net, kind(np.full(2, 4, np.float32)))) == 4
-        assert value(f(net, jnp.full(2, 5.0))) == 5
+        assert value(f(net, jnp.full(2, 5.0, jnp.float32))) == 5
         assert value(f(net, np.full(2, 6, np.float32))) == 6
     assert runs.count == 0
 

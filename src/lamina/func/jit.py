@@ -128,8 +128,9 @@ class Jitted:
             else:
                 found = self._bindings.get(tuple(key))
                 if found is not None and not STATE.frames and trace_mark() == CLEAN:
-                    if found.holds(self.fn, roots):
-                        return found.run(arrays, roots)
+                    extra = found.holds(self.fn, roots)
+                    if extra is not None:
+                        return found.run([*arrays, *extra] if extra else arrays, roots)
         return self._slow(args, kwargs)
 
     def _slow(self, args: Any, kwargs: Any) -> Any:
@@ -142,43 +143,40 @@ class Jitted:
         inside = bool(STATE.frames) or trace_mark() != CLEAN
         with LOCK:
             found = self._bindings.get(call.key)
-            if found is None or not found.holds(self.fn, call.roots):
+            extra = None if found is None else found.holds(self.fn, call.roots)
+            if found is None or extra is None:
                 found = self._bind(call)
-            if inside:
-                return found.run_inside(call.arrays, call.roots)
-            if (old := self._bindings.get(call.key)) is not found:
-                if old is not None and not old.is_of(found.cells):
-                    self._forget(old)  # its cells belong to nobody any more
                 self._keep(call.key, found)
-        return found.run(call.arrays, call.roots)
+                extra = found.steps(self.fn, call.roots)
+            arrays = [*call.arrays, *map(as_array, extra)]
+            if inside:
+                return found.run_inside(arrays, call.roots)
+        return found.run(arrays, call.roots)
 
     def _keep(self, key: Any, binding: _Binding) -> None:
-        for old in [b for b in self._bindings.values() if b.dead]:
+        former = self._bindings.get(key)
+        for old in [b for b in self._bindings.values() if b.dead or b is former]:
             self._forget(old)
         while len(self._bindings) >= _MOST_BINDINGS:
             self._forget(next(iter(self._bindings.values())))
         while len(self._programs) > _MOST_BINDINGS:
             self._programs.pop(next(iter(self._programs)))
         self._bindings[key] = binding
+        binding.key = key
 
     def _bind(self, call: _Arguments) -> _Binding:
         reach = Reach(self.fn, call.roots, [DEFAULT.stream])
-        binding = self._known(call, reach)
-        if binding is None:
+        program = self._known(call, reach)
+        if program is None:
             reach, look = self._look(call, reach)
-            binding = self._known(call, reach)
-            if binding is None or not look.agrees(binding.program):
-                program = self._program(call, reach, look)
-                binding = _Binding(program, list(reach.cells))
-        binding.prove(reach, self._forget)
-        return binding
+            program = self._program(call, reach, look)
+        return _Binding(program, reach, self._forget)
 
-    def _known(self, call: _Arguments, reach: Reach) -> _Binding | None:
-        """Return a binding of these very cells, if only the proof of it is out of date."""
+    def _known(self, call: _Arguments, reach: Reach) -> _Program | None:
+        """Return the program of a call with these very cells, if there was one."""
         for program in self._programs.get((call.shape, reach.shape), ()):
-            for binding in program.bindings:
-                if binding.is_of(reach.cells):
-                    return binding
+            if any(binding.is_of(reach.cells) for binding in program.bindings):
+                return program
         return None
 
     def _program(self, call: _Arguments, reach: Reach, look: _Look) -> _Program:
@@ -196,17 +194,21 @@ class Jitted:
         cells = list(reach.cells)
         frame = Frame(f"lamina.jit of {self._name}", compiled=True, abstract=True, look=True)
         found: dict[str, Any] = {}
+        extra = reach.holds(self.fn, call.roots) or []
+        inputs, count = [*call.arrays, *map(as_array, extra)], len(extra)
 
         def look(values: list[Any], arrays: list[Any]) -> Any:
             with frame:
                 frame.bind(cells, values)
-                result = call.make(self.fn, call.roots)(arrays)
+                result = run_swapped(
+                    call.make(self.fn, call.roots), reach.swap, self.fn, call.roots, arrays, count
+                )
                 found["written"] = frame.collect()
                 return [leaf for leaf in _leaves(result) if _is_data(leaf)]
 
         try:
-            jaxpr = jax.make_jaxpr(look)(bind.raw_values(cells), call.arrays)
-            if not reach.holds(self.fn, call.roots):
+            jaxpr = jax.make_jaxpr(look)(bind.raw_values(cells), inputs)
+            if reach.holds(self.fn, call.roots) is None:
                 raise StaticWriteError(_CHANGED.format(name=self._name))
         except BaseException as error:
             reach.undo()
@@ -229,8 +231,8 @@ class Jitted:
         return reach, _Look(reach, touched, forms, frame, bind.has_callbacks(jaxpr.jaxpr))
 
     def _forget(self, binding: _Binding) -> None:
-        for key in [k for k, b in self._bindings.items() if b is binding]:
-            self._bindings.pop(key, None)
+        if self._bindings.get(binding.key) is binding:
+            del self._bindings[binding.key]
         if binding in binding.program.bindings:
             binding.program.bindings.remove(binding)
 
@@ -240,7 +242,8 @@ class Jitted:
         with LOCK:
             found = self._bind(call)
             self._keep(call.key, found)
-            return found.lower(call.arrays, call.roots)
+            extra = found.steps(self.fn, call.roots)
+            return found.lower([*call.arrays, *map(as_array, extra)], call.roots)
 
     def __repr__(self) -> str:
         return f"<lamina.jit of {self._name}>"
@@ -310,8 +313,9 @@ class _Arguments:
             kwargs = {k: _Static(v) if k in names else v for k, v in kwargs.items()}
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_leaf)
         kinds = tuple(map(_classify, leaves))
+        is_array = [kind in (_NATIVE, _ARRAY) for kind in kinds]
         key: list[Any] = []
-        shape: list[Any] = [treedef, kinds]
+        shape: list[Any] = [treedef, tuple(is_array)]
         self.arrays: list[Any] = []
         self.roots: list[Any] = []
         for leaf, kind in zip(leaves, kinds, strict=True):
@@ -330,7 +334,6 @@ class _Arguments:
             key.insert(0, treedef)
         self.key = tuple(key)
         self.shape = tuple(shape)
-        is_array = [kind in (_NATIVE, _ARRAY) for kind in kinds]
 
         def make(fn: Any, roots: list[Any]) -> Callable[[list[Any]], Any]:
             def run(arrays: list[Any]) -> Any:
@@ -346,6 +349,23 @@ class _Arguments:
             return run
 
         self.make = make
+
+
+def run_swapped(
+    run: Any, swap: Any, fn: Any, roots: list[Any], arrays: list[Any], count: int
+) -> Any:
+    """Run a function while the last ``count`` arrays lie in fields of its arguments."""
+    if not count:
+        return run(arrays)
+    given = arrays[len(arrays) - count :]
+    former = swap(fn, roots, given)
+    try:
+        result = run(arrays[: len(arrays) - count])
+    finally:
+        after = swap(fn, roots, former)
+    if any(map(operator.is_not, after, given)):
+        raise StaticWriteError(_ARGUMENT)
+    return result
 
 
 class _Look:
@@ -398,7 +418,9 @@ class _Program:
                 frame.bind(binding.exchange.donated, donated)
                 frame.bind(binding.exchange.kept, kept)
                 try:
-                    result = make(fn, roots)(arrays)
+                    result = run_swapped(
+                        make(fn, roots), binding.swap, fn, roots, arrays, binding.inputs
+                    )
                 except jax.errors.UnexpectedTracerError as error:
                     raise ForeignTransformError(_KEPT.format(name=name)) from error
                 if missed := [c for c in frame.written if c in binding.place and
@@ -449,9 +471,12 @@ class _Program:
 class _Binding:
     """A program with the cells of one set of arguments, and the proof that they are still those."""
 
-    def __init__(self, program: _Program, cells: list[Cell]) -> None:
-        look = program.look
+    def __init__(
+        self, program: _Program, reach: Reach, forget: Callable[[_Binding], None]
+    ) -> None:
+        look, cells = program.look, list(reach.cells)
         self.program, self.cells = program, cells
+        self.key: Any = None
         self.place = {cell: number for number, cell in enumerate(cells)}
         self.exchange = Exchange(
             [cells[i] for i in look.donated],
@@ -460,20 +485,21 @@ class _Binding:
         )
         self.draws: list[tuple[Any, int]] = [(cells[i], n) for i, n in look.draws]
         self.loose = [cells[i] for i in look.loose]
-        self.dead: list[Any] = []
+        self._prove(reach, forget)
         program.bindings.append(self)
 
     def is_of(self, cells: Any) -> bool:
         """Tell whether it binds these very cells."""
         return len(cells) == len(self.cells) and all(map(operator.is_, self.cells, cells))
 
-    def prove(self, reach: Reach, forget: Callable[[Any], None]) -> None:
-        """Take over a proof: the paths, the versions of modules, the forms of loose cells."""
-        self.steps, self.versions = reach.holds, reach.versions
+    def _prove(self, reach: Reach, forget: Callable[[Any], None]) -> None:
+        """Take over the proof: the paths, the versions of modules, the forms of loose cells."""
+        self.steps, self.swap, self.versions = reach.holds, reach.swap, reach.versions
+        self.inputs = reach.inputs
         self.objects = [weakref.ref(thing) for thing in reach.objects.values()]
         self.numbers = {number: place for place, number in enumerate(reach.objects)}
         self.forms = list(map(cell_form, self.loose))
-        self.dead = []
+        self.dead: list[Any] = []
         me = weakref.ref(self)
 
         def release(_: Any) -> None:
@@ -489,16 +515,18 @@ class _Binding:
         ]
         reach.forget()
 
-    def holds(self, fn: Any, roots: list[Any]) -> bool:
-        """Tell whether all that the program depends on is as it was."""
+    def holds(self, fn: Any, roots: list[Any]) -> list[Any] | None:
+        """Return the arrays in arguments' fields if all that the program depends on is as it was,
+        else ``None``.
+        """
         if self.dead:
-            return False
+            return None
         for reference, revision in self.versions:
             module = reference()
             if module is None or module._links.revision != revision:
-                return False
+                return None
         if self.loose and list(map(cell_form, self.loose)) != self.forms:
-            return False
+            return None
         return self.steps(fn, roots)
 
     def object_place(self, leaf: Any) -> int | None:
@@ -583,9 +611,9 @@ _VARIES = """{box} is touched by {name} in this trace, and was not in the first:
 not do the same each time.
     fix: pass what it depends on as an argument"""
 
-_ARGUMENT = """a list or dict among the arguments is changed inside a compiled function, which \
+_ARGUMENT = """a list, dict or field of an argument is changed inside a compiled function, which \
 works on a copy of it: the change would be lost.
-    fix: return the new list or dict"""
+    fix: return the new list, dict or value"""
 
 _KEPT = """{name} uses an array that was kept from a transform that has ended, and exists only \
 there.

@@ -6,6 +6,7 @@ mentions no name, its fields are not looked at: a counter beside the model chang
 result serves three purposes:
 
 proof    ``holds``: each path still leads to what it led to, so the program is still the one
+inputs   what ``holds`` returns: arrays in fields and items of arguments, which vary freely
 writes   it holds before a trace, but not after it: the function changed a list, a dict or a field
 sharing  ``shape``: the same without identities, so that another instance may use the program
 """
@@ -34,7 +35,7 @@ import jax
 import numpy as np
 
 from .._core.bind import Cell
-from .._core.box import Box
+from .._core.box import Box, is_array
 from .._core.errors import UnprovenError
 from .._core.fingerprint import Same, array_key, is_plain, plain_attributes, value_key
 from .._core.module import Module
@@ -69,6 +70,8 @@ class Reach:
         cells: every cell in reach, numbered in the order of discovery.
         objects: modules, boxes and objects in reach by ``id``, for results that name them.
         shape: what the function depends on besides arrays and identities; hashable.
+        holds: ``(fn, roots)`` to the arrays found on the way, ``None`` if the proof fails.
+        swap: ``(fn, roots, arrays)`` puts other arrays in their places, and returns them.
         watched: objects whose end makes the proof void.
     """
 
@@ -84,8 +87,13 @@ class Reach:
             if mentioned <= self._names:
                 break
             self._names = frozenset(mentioned)  # code found late may mention fields seen early
-        self.holds = self._compile(len(roots))
+        self.holds, self.swap = self._compile(len(roots))
         self.shape = tuple(self._shape)
+
+    @property
+    def inputs(self) -> int:
+        """How many arrays ``holds`` returns."""
+        return len(self._inputs)
 
     def _begin(self) -> None:
         self.cells: dict[Cell, int] = {c: i for i, c in enumerate(self._always)}
@@ -101,6 +109,9 @@ class Reach:
         self._owners = 0
         self._alive: list[Any] = []
         self._undo: list[tuple[Any, Any, Any]] = []
+        self._of_argument = False
+        self._inputs: list[tuple[str, str]] = []
+        """Arrays of which only the form is part of the proof: their variables and places."""
 
     def is_current(self) -> bool:
         """Tell whether all modules are as they were when they were looked at."""
@@ -121,6 +132,14 @@ class Reach:
                 )
             elif kind == "cell":
                 container.cell_contents = content
+            elif kind == "array":
+                container[...] = content
+            elif kind == "class":
+                for name in self._names & (vars(container).keys() | content.keys()):
+                    if name not in content:
+                        delattr(container, name)
+                    elif vars(container).get(name, self) is not content[name]:
+                        setattr(container, name, content[name])
             else:
                 for name, value in content.items():
                     if container.get(name, self) is not value:
@@ -147,27 +166,45 @@ class Reach:
         return name
 
     def _expect(self, condition: str) -> None:
-        self._lines.append(f"if {condition}: return False")
+        self._lines.append(f"if {condition}: return None")
 
-    def _compile(self, count: int) -> Callable[[Any, list[Any]], bool]:
+    def _compile(self, count: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if not self._lines:
-            return _always_holds
+            return _always_holds, _always_holds
         names = [f"r{i}" for i in range(count + 1)]
         body = [f"({', '.join(names[1:])},) = roots"] if count else []
-        lines = "\n  ".join([*body, *self._lines, "return True"])
-        source = f"def holds(r0, roots):\n try:\n  {lines}\n except _failures: return False"
+        found = f"[{', '.join(name for name, _ in self._inputs)}]"
+        lines = "\n  ".join([*body, *self._lines, f"return {found}"])
+        source = f"def holds(r0, roots):\n try:\n  {lines}\n except _failures: return None\n"
+        steps = [line for line in self._lines if not line.startswith("if ")]
+        places = [f"{place} = arrays[{i}]" for i, (_, place) in enumerate(self._inputs)]
+        lines = "\n ".join([*body, *steps, f"found = {found}", *places, "return found"])
+        source += f"def swap(r0, roots, arrays):\n {lines}"
         scope: dict[str, Any] = {f"k{i}": value for i, value in enumerate(self._constants)}
         scope |= {"same_items": _same_items, "differs": _differs, "array_key": _any_array_key}
         scope |= {"contents": _contents, "empty": _EMPTY}
+        scope |= {"form": array_form}
         scope["_failures"] = (AttributeError, LookupError, TypeError, ValueError)
         exec(compile(source, "<lamina: what a compiled function depends on>", "exec"), scope)
-        return scope["holds"]
+        return scope["holds"], scope["swap"]
 
     # Finding.
 
-    def _child(self, parent: str | None, text: str, value: Any, label: Any) -> None:
-        """Look at a child that is found by ``text``, in which ``{}`` stands for the parent."""
+    def _child(
+        self, parent: str | None, text: str, value: Any, label: Any, place: bool = False
+    ) -> None:
+        """Look at a child that is found by ``text``, in which ``{}`` stands for the parent.
+
+        ``place``: whether another value can be put there, so that an array may be an input.
+        """
         self._shape.append(label)
+        if place and parent is not None and self._of_argument and is_array(value):
+            form = array_form(value)
+            self._shape.append(form)
+            name = self._get(text.format(parent), value)
+            self._expect(f"form({name}) != {self._constant(form)}")
+            self._inputs.append((name, text.format(parent)))
+            return
         if is_plain(value):
             self._shape.append(value_key(value))
             if parent is not None:
@@ -209,6 +246,7 @@ class Reach:
 
     def _visit(self, value: Any, at: int) -> None:
         name = f"r{at}"
+        self._of_argument = at > 0
         self._shape.append(("root", at))
         if is_plain(value):
             self._shape.append(value_key(value))
@@ -352,13 +390,13 @@ class Reach:
             return
         if name is not None and not isinstance(value, _MAPPINGS):
             self._expect(f"len({name}) != {len(items)}")
+        place = isinstance(value, (list, dict))
         for key, item in value.items() if isinstance(value, _MAPPINGS) else enumerate(value):
             if name is None:
                 self._child(None, "", item, "item")
-            elif isinstance(key, (int, str)):
-                self._child(name, f"{{}}[{key!r}]", item, "item")
             else:
-                self._child(name, f"{{}}[{self._constant(key)}]", item, "item")
+                text = repr(key) if isinstance(key, (int, str)) else self._constant(key)
+                self._child(name, f"{{}}[{text}]", item, "item", place)
 
     def _array(self, value: Any, name: str | None) -> None:
         size = getattr(value, "nbytes", _MOST_BYTES + 1)
@@ -373,6 +411,8 @@ class Reach:
                 f"it changes\n"
                 f"    fix: pass it as an argument, or make it a jax.Array with jnp.asarray"
             )
+        if isinstance(value, np.ndarray) and value.flags.writeable:
+            self._undo.append((value, "array", value.copy()))
         key = _any_array_key(value)
         self._shape.append(key)
         if name is not None:
@@ -446,7 +486,7 @@ class Reach:
         there = {k: fields[k] for k in fields if k in self._names}
         self._undo.append((fields, self._names - there.keys(), there))
         for key, value in kept.items():
-            self._child(name, f"{{}}.__dict__[{key!r}]", value, key)
+            self._child(name, f"{{}}.__dict__[{key!r}]", value, key, place=True)
 
     def _class(self, cls: type, name: str | None, construct: bool) -> None:
         """Look at the methods and class attributes that are mentioned, or that Python calls."""
@@ -472,8 +512,10 @@ class Reach:
                     self._child(where, f"{{}}.__dict__[{key!r}]", part, key)
                 else:
                     self._child(None, "", inner, key)
+            there = {k: v for k, v in vars(base).items() if k in self._names}
+            self._undo.append((base, "class", there))
             known = self._constant(self._names)
-            count = len(self._names.intersection(vars(base)))
+            count = len(there)
             where = self._address(base, name if base is cls else None)
             self._expect(f"len({known}.intersection({where}.__dict__)) != {count}")
         if type(cls) is not type:
@@ -569,8 +611,15 @@ def _contents(cell: Any) -> Any:
         return _EMPTY
 
 
-def _always_holds(fn: Any, roots: list[Any]) -> bool:
-    return True
+def _always_holds(fn: Any, roots: list[Any], arrays: Any = ()) -> list[Any]:
+    return []
+
+
+def array_form(value: Any) -> Any:
+    """Return what a program is specialised to of an array."""
+    if not is_array(value):
+        return None
+    return tuple(value.shape), value.dtype, getattr(value, "weak_type", False)
 
 
 def _same_items(items: Any, known: list[Any]) -> bool:
