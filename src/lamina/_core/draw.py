@@ -138,4 +138,4 @@ def _program(function: Any, treedef: Any, shape: Any, dtype: Any, sharding: Any)
 
 _FRESH = """{label} is drawn in a module that is built inside a compiled function: each call would \
 draw the same values, while tracing, and uncompiled each call draws others.
-    fix: with lamina.rng(lamina.next_key()): layer = nn.Linear(3, 3), or build it outside"""
+    fix: build its modules outside, or under a key: with lamina.rng(lamina.next_key()): ..."""

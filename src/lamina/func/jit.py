@@ -175,7 +175,7 @@ class Jitted:
     def _known(self, call: _Arguments, reach: Reach) -> _Program | None:
         """Return the program of a call with these very cells, if there was one."""
         for program in self._programs.get((call.shape, reach.shape), ()):
-            if any(binding.is_of(reach.cells) for binding in program.bindings):
+            if program.has_served(reach.cells):
                 return program
         return None
 
@@ -233,8 +233,6 @@ class Jitted:
     def _forget(self, binding: _Binding) -> None:
         if self._bindings.get(binding.key) is binding:
             del self._bindings[binding.key]
-        if binding in binding.program.bindings:
-            binding.program.bindings.remove(binding)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Return the lowered program for these arguments (``jax.stages.Lowered``)."""
@@ -405,7 +403,8 @@ class _Program:
 
     def __init__(self, fn: Any, name: str, make: Any, look: _Look) -> None:
         self.name, self.look = name, look
-        self.bindings: list[_Binding] = []
+        self.served: list[list[weakref.ref[Cell]]] = []
+        """All cells that were in reach in calls of this program: they need no look again."""
         self.current: tuple[_Binding, list[Any]] | None = None
         self.template: Any = None
         """How results are put together that are not just arrays."""
@@ -433,6 +432,12 @@ class _Program:
         traced.__name__ = traced.__qualname__ = name
         self.compiled = jax.jit(traced, donate_argnums=0)
         self.inside = jax.jit(traced)
+
+    def has_served(self, cells: Iterable[Cell]) -> bool:
+        """Tell whether the program was called with these very cells."""
+        self.served = [c for c in self.served if all(ref() is not None for ref in c)]
+        mine = list(map(weakref.ref, cells))
+        return any(len(c) == len(mine) and all(map(operator.is_, c, mine)) for c in self.served)
 
     def _seal(self, result: Any, binding: _Binding) -> list[Any]:
         """Return the arrays of a result; keep how the rest is to be found for any binding."""
@@ -475,7 +480,7 @@ class _Binding:
         self, program: _Program, reach: Reach, forget: Callable[[_Binding], None]
     ) -> None:
         look, cells = program.look, list(reach.cells)
-        self.program, self.cells = program, cells
+        self.program = program
         self.key: Any = None
         self.place = {cell: number for number, cell in enumerate(cells)}
         self.exchange = Exchange(
@@ -486,11 +491,8 @@ class _Binding:
         self.draws: list[tuple[Any, int]] = [(cells[i], n) for i, n in look.draws]
         self.loose = [cells[i] for i in look.loose]
         self._prove(reach, forget)
-        program.bindings.append(self)
-
-    def is_of(self, cells: Any) -> bool:
-        """Tell whether it binds these very cells."""
-        return len(cells) == len(self.cells) and all(map(operator.is_, self.cells, cells))
+        if not program.has_served(cells):
+            program.served.append(list(map(weakref.ref, cells)))
 
     def _prove(self, reach: Reach, forget: Callable[[Any], None]) -> None:
         """Take over the proof: the paths, the versions of modules, the forms of loose cells."""
