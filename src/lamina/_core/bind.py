@@ -13,9 +13,11 @@ exchange      run a compiled program: values out of the cells, the new values ba
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Any
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
-from .errors import ForeignTransformError, StaticWriteError, UnprovenError
+from .errors import ForeignTransformError, StaticWriteError, UnprovenError, note_box_in_lax
 
 __all__ = ["Cell", "Exchange", "Frame", "LOCK", "STATE", "read", "settle", "write"]
 
@@ -49,6 +51,8 @@ class _State(threading.local):
         """How many calls of modules are open since the innermost frame was opened."""
         self.entry: Any = None
         """The JAX trace in which the outermost of these calls was made."""
+        self.hooks: dict[int, Any] = {}
+        """The user's hooks that ran in the transform that is open."""
 
 
 STATE = _State()
@@ -217,6 +221,8 @@ class Frame:
         self.outer = (state.compiled, state.watching, state.depth, state.entry)
         state.frames.append(self)
         self.level = len(state.frames)
+        if self.level == 1:
+            state.hooks = {}
         self.trace = trace_mark()
         state.depth, state.entry = 0, None
         state.abstract += self.abstract
@@ -228,16 +234,17 @@ class Frame:
             self.context.__enter__()
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, *__: object) -> None:
         _each(_SET_VALUE, self.values, self.values.values())
         _each(_SET_LEVEL, self.levels, self.levels.values())
         state = STATE
         for cell in self.born:
             _SET_LEVEL(cell, min(cell._level, self.level - 1))
-        if self.abstract or error_type is not None:
+        if self.abstract or error is not None:
             _run_backwards(self.undo_always)
-        if error_type is not None:
+        if error is not None:
             _run_backwards(self.undo)
+            note_box_in_lax(error)
         elif self.level > 1:
             state.frames[-2].undo += self.undo
             state.frames[-2].born |= self.born
@@ -566,6 +573,52 @@ def put_back(cells: Iterable[Cell], values: Iterable[Any]) -> None:
         _Handed.count += 1
 
 
+# What hooks see.
+
+
+def runs(hook: Any) -> Any:
+    """Note that a hook runs, which must keep nothing that it sees in an open transform."""
+    if STATE.frames:
+        STATE.hooks[id(hook)] = hook
+    return hook
+
+
+def refuse_kept() -> None:
+    """When the outermost transform has returned, refuse that a hook has kept what it saw in it."""
+    if STATE.frames or not STATE.hooks or trace_mark() != CLEAN:
+        return
+    hooks, STATE.hooks = STATE.hooks, {}
+    if any(map(is_tracer, _reachable(list(hooks.values())))):
+        raise ForeignTransformError(_KEPT_BY_HOOK)
+
+
+def _reachable(things: list[Any]) -> Iterator[Any]:
+    """Yield what functions can reach in closures, globals, plain objects, lists and dicts."""
+    seen: set[int] = set()
+    while things and len(seen) < 10_000:
+        thing = things.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        yield thing
+        if isinstance(thing, types.FunctionType):
+            names = thing.__code__.co_names
+            things += [thing.__globals__[name] for name in names if name in thing.__globals__]
+            things += [*(thing.__closure__ or ()), thing.__defaults__]
+        elif isinstance(thing, types.CellType):
+            things += gc.get_referents(thing)
+        elif isinstance(thing, types.MethodType):
+            things += [thing.__func__, thing.__self__]
+        elif isinstance(thing, (list, tuple, set, collections.deque)):
+            things += thing
+        elif isinstance(thing, dict):
+            things += thing.values()
+        elif hasattr(thing, "__dict__") and not isinstance(
+            thing, (type, types.ModuleType, Cell, jax.Array)
+        ):
+            things += vars(thing).values()
+
+
 # Changes that are no writes of values.
 
 
@@ -789,6 +842,14 @@ while tracing.
 
 _UNPROVEN = """{box} is reached by `{kind}` on a way that can't be checked again at every call.
     fix: pass it as an argument of the compiled function"""
+
+_KEPT_BY_HOOK = """a hook has kept an array that it saw inside a transform, and that exists only \
+there: it could not be used afterwards.
+    wrong:  hook = lambda module, args, output: kept.append(output)
+    right:  ... kept.append(output.shape), or in forward: self.last = output, with \
+self.register_buffer("last", None, persistent=False)
+    fix: return the array from the transformed function (has_aux=True), keep it in a buffer, or \
+remove the hook before"""
 
 _CALLBACK = """{box} is read in a callback while the compiled function that updates it runs: it \
 has no value at this moment.

@@ -79,3 +79,19 @@ def format_shape(shape: Iterable[int | None]) -> str:
     """Write a shape as PyTorch users read it, with ``?`` for what is not known: ``(256, ?)``."""
     dims = ["?" if dim is None else str(dim) for dim in shape]
     return f"({dims[0]},)" if len(dims) == 1 else f"({', '.join(dims)})"
+
+
+def note_box_in_lax(error: BaseException) -> None:
+    """Say to an error of JAX's about a parameter given to ``jax.lax`` what such functions take."""
+    if isinstance(error, (TypeError, ValueError)) and _BOX_IN_LAX not in _notes(error):
+        text = str(error)
+        if "__jax_array__" in text or ("Parameter" in text and "lax" in text):
+            error.add_note(_BOX_IN_LAX)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+_BOX_IN_LAX = """jax.lax functions take arrays only
+    fix: pass the parameter's value: p.data"""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from .bind import STATE
-from .errors import DataDependentError, ForeignTransformError, did_you_mean
+from .errors import DataDependentError, ForeignTransformError, did_you_mean, note_box_in_lax
 from .walk import path_of
 
 __all__ = ["NoAttribute", "explained"]
@@ -58,8 +58,7 @@ def explained(error: Exception, module: Any, args: Any, kwargs: Any) -> Exceptio
         better = ForeignTransformError(_TRACER_KEPT.format(where=where))
         better.__traceback__ = error.__traceback__
     else:
-        if isinstance(error, TypeError) and "Parameter" in str(error) and "lax" in str(error):
-            error.add_note(_BOX_IN_LAX)
+        note_box_in_lax(error)
         error.add_note(where)
     try:
         better._lamina_path = path  # type: ignore[attr-defined]
@@ -111,6 +110,3 @@ _TRACER_KEPT = """{where}:
 it uses an array that was kept (by a hook, in a list) from a transform that has ended, and exists \
 only there.
     fix: return the array from the transformed function (has_aux=True), or keep it in a buffer"""
-
-_BOX_IN_LAX = """jax.lax functions take arrays only
-    fix: pass the parameter's value: p.data"""

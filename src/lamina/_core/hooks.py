@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from . import bind
 from .shapes import is_inexact
-from .walk import touch
+from .walk import path_of, touch
 
 __all__ = ["Hooked", "RemovableHandle", "add_hook", "run_backward_hooks"]
 
@@ -158,7 +159,9 @@ def run_backward_hooks(
     the gradient with respect to the inputs, the hooks ``after``. Either may return a replacement.
     Where no gradient is asked for an input, as in a first layer, the hooks see ``None`` for it.
     """
+    # JAX keeps the functions below for a while, which must keep no array.
     seen: dict[str, Any] = {"inputs": False}
+    count = len(args)
 
     @jax.custom_vjp
     def tap_inputs(values: Any) -> Any:
@@ -170,15 +173,20 @@ def run_backward_hooks(
 
     def inputs_backward(wanted: Any, grads: Any) -> Any:
         shown = [g if want else None for g, want in zip(grads, wanted, strict=True)]
-        result = run_after(tuple(map(_dense, shown)))
+        result = run_after(list(map(_dense, shown)))
         return ([_dense(g) if r is None else r for g, r in zip(grads, result, strict=True)],)
 
-    def run_after(grads: tuple[Any, ...]) -> tuple[Any, ...]:
+    def run_after(grads: list[Any]) -> list[Any]:
+        """Show the hooks one gradient for each argument; return those of the arrays among them."""
+        every: list[Any] = [None] * count
+        for i, grad in zip(where, grads, strict=True):
+            every[i] = grad
+        outputs = seen.pop("outputs", None)
         for hook in after:
-            changed = hook(module, grads, seen.get("outputs"))
+            changed = bind.runs(hook)(module, tuple(every), outputs)
             if changed is not None:
-                grads = tuple(None if c is None else jnp.asarray(c) for c in _as_tuple(changed))
-        return grads
+                every = _replaced(module, every, _as_tuple(changed))
+        return [every[i] for i in where]
 
     tap_inputs.defvjp(inputs_forward, inputs_backward, symbolic_zeros=True)
 
@@ -189,12 +197,12 @@ def run_backward_hooks(
     def outputs_backward(_: None, grads: Any) -> Any:
         result = tuple(grads)
         for hook in before:
-            changed = hook(module, result)
+            changed = bind.runs(hook)(module, result)
             if changed is not None:
                 result = _as_tuple(changed)
         seen["outputs"] = result
         if not seen["inputs"]:
-            run_after((None,) * len(where))
+            run_after([None] * len(where))
         return (list(result),)
 
     tap_outputs.defvjp(lambda values: (values, None), outputs_backward)
@@ -208,6 +216,19 @@ def run_backward_hooks(
     for i, value in zip(outputs, tap_outputs([leaves[i] for i in outputs]), strict=True):
         leaves[i] = value
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _replaced(module: Any, grads: list[Any], by: tuple[Any, ...]) -> list[Any]:
+    """Return the gradients that a hook has put in place of others."""
+    fits = len(by) == len(grads)
+    if not fits or any(g is None and n is not None for g, n in zip(grads, by, strict=True)):
+        shown = ", ".join("None" if g is None else "an array" for g in grads)
+        raise ValueError(
+            f"a backward hook of {path_of(module)} returned {len(by)} gradients that do not fit the "
+            f"{len(grads)} that it was given: ({shown})\n"
+            f"    fix: return None, or a tuple with None where there is no gradient"
+        )
+    return [g if n is None else jnp.asarray(n) for g, n in zip(grads, by, strict=True)]
 
 
 def _dense(grad: Any) -> Any:

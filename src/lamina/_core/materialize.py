@@ -62,6 +62,7 @@ def infer_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
             fn(*positional, **keywords)
 
     jax.eval_shape(forward, [abstractify(x) for x, use in zip(leaves, dynamic, strict=True) if use])
+    bind.refuse_kept()
 
 
 def materialize(

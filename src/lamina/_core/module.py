@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
@@ -17,6 +16,7 @@ from .box import Box, is_array, parse_targets
 from .errors import DeferredError, did_you_mean
 from .explain import NoAttribute, explained
 from .hooks import Hooked, run_backward_hooks
+from .nesting import CALLS, DEEP, nested
 from .parameter import ArrayAttribute, Buffer, Parameter
 from .random import BIRTHS
 from .registry import Registry
@@ -25,7 +25,7 @@ from .state_dict import StateDict, load_own, load_state_dict, save_own, save_sta
 from .trees import as_array
 from .walk import Links, own_boxes, path_of, touch, walk
 
-__all__ = ["Module"]
+__all__ = ["Module", "repr_of"]
 
 _MISSING = object()
 _SIMPLE = (int, float, str, bytes, bool, type(None))
@@ -322,9 +322,9 @@ class Module(Hooked):
             if not state.frames and links.compiled is not None:
                 return links.compiled(*args, **kwargs)
         state.depth += 1
-        if state.depth == _DEEP:
-            state.limit = sys.getrecursionlimit()
-            sys.setrecursionlimit(max(state.limit, _FRAMES))
+        deep = state.depth == DEEP
+        if deep:
+            CALLS.enter()
         try:
             for hook, with_kwargs in list(self._forward_pre_hooks.values()):
                 args, kwargs = _run_pre_hook(self, hook, with_kwargs, args, kwargs)
@@ -338,11 +338,8 @@ class Module(Hooked):
                 )  # fmt: skip
             else:
                 output = self.forward(*args, **kwargs)
-            for hook, with_kwargs, _ in list(self._forward_hooks.values()):
-                result = (
-                    hook(self, args, kwargs, output) if with_kwargs else hook(self, args, output)
-                )
-                output = output if result is None else result
+            if self._forward_hooks:
+                output = _run_forward_hooks(self, args, kwargs, output)
             return output
         except Exception as error:
             for hook, with_kwargs, always in list(self._forward_hooks.values()):
@@ -353,8 +350,8 @@ class Module(Hooked):
                 raise
             raise better from error
         finally:
-            if state.depth == _DEEP:
-                sys.setrecursionlimit(state.limit)
+            if deep:
+                CALLS.leave()
             state.depth -= 1
 
     def _infer_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -383,13 +380,14 @@ class Module(Hooked):
         """Return what to print between the parentheses of the module's ``repr``."""
         return ""
 
+    @nested
     def __repr__(self) -> str:
         extra = self.extra_repr()
         lines = extra.split("\n") if extra else []
         if len(lines) <= 1 and not self._modules:
             return f"{self._get_name()}({extra})"
         for name, child in self._modules.items():
-            lines.append(f"({name}): " + repr(child).replace("\n", "\n  "))
+            lines.append(f"({name}): " + repr_of(child).replace("\n", "\n  "))
         return f"{self._get_name()}(\n  " + "\n  ".join(lines) + "\n)"
 
     # Finding parts.
@@ -424,11 +422,11 @@ class Module(Hooked):
         return (module for _, module in self.named_children())
 
     def _named_boxes(self, kind: type, prefix: str, recurse: bool, once: bool) -> Iterator[Any]:
-        tree = walk(self)
-        for name, box in tree.entries:
-            if isinstance(box, kind) and (recurse or "." not in name):
-                if not once or tree.names[box] == name:
-                    yield _join(prefix, name), box
+        seen: set[Any] = set()
+        for name, box in walk(self).entries if recurse else own_boxes(self):
+            if isinstance(box, kind) and not (once and box in seen):
+                seen.add(box)
+                yield _join(prefix, name), box
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -513,6 +511,7 @@ class Module(Hooked):
 
     # Changing all parts, each through its own method.
 
+    @nested
     def apply(self, fn: Callable[[Any], Any]) -> Self:
         """Call ``fn`` on every module below, children first, then on this one."""
         for child in self.children():
@@ -520,6 +519,7 @@ class Module(Hooked):
         fn(self)
         return self
 
+    @nested
     def train(self, mode: bool = True) -> Self:
         """Set training mode (dropout drops, batch norm updates its statistics)."""
         if not isinstance(mode, bool):
@@ -529,6 +529,7 @@ class Module(Hooked):
             child.train(mode)
         return self
 
+    @nested
     def eval(self) -> Self:
         """Set evaluation mode; the same as ``train(False)``."""
         if getattr(self.train, "__func__", None) is not Module.train:
@@ -538,14 +539,17 @@ class Module(Hooked):
             child.eval()
         return self
 
+    @nested
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Freeze (``False``) or unfreeze all parameters, known shapes or not."""
         for child in self.children():
             child.requires_grad_(requires_grad)
-        for parameter in self.parameters(recurse=False):
-            parameter.requires_grad = requires_grad
+        for _, box in own_boxes(self):
+            if isinstance(box, Parameter):
+                box.requires_grad = requires_grad
         return self
 
+    @nested
     def reset_parameters(self) -> None:
         """Draw all parameters and buffers anew from their recipes, under the seed in force.
 
@@ -564,6 +568,7 @@ class Module(Hooked):
             if grad is not None:
                 parameter.grad = None if set_to_none else jnp.zeros_like(grad)
 
+    @nested
     def to(self, *targets: Any, dtype: Any = None, device: Any = None) -> Self:
         """Change dtype, device or sharding of all parameters and buffers, in place.
 
@@ -591,12 +596,14 @@ class Module(Hooked):
                 box.sharding = as_sharding(device)
         return self
 
+    @nested
     def type(self, dst_type: Any) -> Self:
         """Cast all parameters and buffers to a dtype."""
         for part in (*self.children(), *(box for _, box in own_boxes(self))):
             part.type(dst_type) if isinstance(part, Module) else part.cast(dst_type)
         return self
 
+    @nested
     def _cast(self, method: str, dtype: Any) -> Self:
         """Cast floating-point values, those of children through the method of that name."""
         for child in self.children():
@@ -622,6 +629,7 @@ class Module(Hooked):
         """Cast all floating-point values to bfloat16."""
         return self._cast("bfloat16", jnp.bfloat16)
 
+    @nested
     def cpu(self) -> Self:
         """Move all values to the CPU."""
         for child in self.children():
@@ -648,6 +656,7 @@ class Module(Hooked):
 
     # State dicts.
 
+    @nested
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> StateDict:
@@ -720,6 +729,16 @@ class Module(Hooked):
 
     # Copying.
 
+    @nested
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        return _made_after, (_below(self), function, args), *rest
+
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_links"}
         state["_pending"] = self._links.pending
@@ -758,8 +777,36 @@ class Module(Hooked):
         return twin
 
 
-_DEEP, _FRAMES = 100, 6_000
-"""From this depth of nested calls on, Python's recursion limit is raised to this many frames."""
+def _below(module: Module) -> list[Module]:
+    """Return some of the modules far below a deep one, the deepest first.
+
+    Written before it, they spare pickle the way down, which is in C and has little room.
+    """
+    found = []
+    level = {id(module): module}
+    seen: set[int] = set()
+    depth = 0
+    while level:
+        seen |= level.keys()
+        parts = [part for m in level.values() for part in m._modules.values() if part is not None]
+        level = {id(part): part for part in parts if id(part) not in seen}
+        depth += 1
+        if depth % _STEP == 0:
+            found += level.values()
+    return found[::-1]
+
+
+_STEP = 25
+
+
+def _made_after(below: list[Module], function: Callable[..., Any], args: Any) -> Any:
+    """Make a module whose parts far below are made already."""
+    return function(*args)
+
+
+def repr_of(child: Any) -> str:
+    """Return ``repr(child)`` without passing through C, where there is less room."""
+    return type(child).__repr__(child)
 
 
 def _plain_array(value: Any) -> Any:
@@ -780,7 +827,16 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
+def _run_forward_hooks(module: Module, args: Any, kwargs: Any, output: Any) -> Any:
+    for hook, with_kwargs, _ in list(module._forward_hooks.values()):
+        bind.runs(hook)
+        result = hook(module, args, kwargs, output) if with_kwargs else hook(module, args, output)
+        output = output if result is None else result
+    return output
+
+
 def _run_pre_hook(module: Module, hook: Any, with_kwargs: bool, args: Any, kwargs: Any) -> Any:
+    bind.runs(hook)
     result = hook(module, args, kwargs) if with_kwargs else hook(module, args)
     if result is None:
         return args, kwargs

@@ -15,6 +15,7 @@ from . import bind
 from .bind import Cell
 from .box import Box, array
 from .errors import DeferredError, LoadError, ShapeError, did_you_mean, format_shape
+from .nesting import nested
 from .shapes import canonical, fits
 from .walk import own_boxes, walk
 
@@ -166,6 +167,7 @@ class _Findings:
         self.unexpected: list[str] = []
         self.errors: list[str] = []
 
+    @nested
     def visit(self, module: Any, state: dict[str, Any], prefix: str) -> None:
         module._load_from_state_dict(
             state, prefix, dict(self.options), self.strict, self.missing, self.unexpected,

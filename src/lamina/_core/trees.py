@@ -69,8 +69,10 @@ class Carrier:
 
     def take(self, tree: Any) -> list[Any]:
         """Return the arrays of a tree, and keep the rest."""
-        self.parts = Partition(tree)
-        return self.parts.chosen
+        self.parts = parts = Partition(tree)
+        arrays = parts.chosen
+        parts.leaves = [None if use else x for x, use in zip(parts.leaves, parts.mask, strict=True)]
+        return arrays
 
     def give(self, arrays: Iterable[Any]) -> Any:
         """Return the tree with these arrays."""

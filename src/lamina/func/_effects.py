@@ -52,6 +52,7 @@ class Effects:
 
     def pass_on(self, values: Any) -> None:
         """Write the values, as the transform returned them, into the cells outside of it."""
+        bind.refuse_kept()
         count = len(self.written)
         bind.write_all(self.written, values[:count])
         for cell, value in zip(self.returned, values[count:], strict=True):

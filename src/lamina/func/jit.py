@@ -193,7 +193,7 @@ class Jitted:
         births = BIRTHS.mark()
         cells = list(reach.cells)
         frame = Frame(f"lamina.jit of {self._name}", compiled=True, abstract=True, look=True)
-        found: dict[str, Any] = {}
+        forms: dict[Cell, Any] = {}
         extra = reach.holds(self.fn, call.roots) or []
         inputs, count = [*call.arrays, *map(as_array, extra)], len(extra)
 
@@ -203,7 +203,8 @@ class Jitted:
                 result = run_swapped(
                     call.make(self.fn, call.roots), reach.swap, self.fn, call.roots, arrays, count
                 )
-                found["written"] = frame.collect()
+                pairs = zip(frame.written, frame.collect(), strict=True)
+                forms.update((c, None if v is None else (v.shape, v.dtype)) for c, v in pairs)
                 return [leaf for leaf in _leaves(result) if _is_data(leaf)]
 
         try:
@@ -217,8 +218,7 @@ class Jitted:
             raise
         finally:
             BIRTHS.resume(births)
-        forms = {c: None if v is None else (v.shape, v.dtype) for c, v in
-                 zip(frame.written, found["written"], strict=True)}  # fmt: skip
+        bind.refuse_kept()
         if frame.met or not reach.is_current():  # shapes were inferred, or state was made
             reach = Reach(self.fn, call.roots, [DEFAULT.stream])
         for cell in frame.met:

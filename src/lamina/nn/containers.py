@@ -12,6 +12,8 @@ import numpy as np
 from .._core.box import Box
 from .._core.errors import did_you_mean, format_shape
 from .._core.module import Module as CoreModule
+from .._core.module import repr_of
+from .._core.nesting import nested
 from .._core.parameter import Parameter
 from ..func.jit import jit
 
@@ -225,11 +227,12 @@ class ModuleList(_List):
         if modules is not None:
             self.extend(modules)
 
+    @nested
     def __repr__(self) -> str:
         if not len(self):
             return f"{self._get_name()}()"
         lines = []
-        for text, group in itertools.groupby(enumerate(map(repr, self)), key=lambda pair: pair[1]):
+        for text, group in itertools.groupby(enumerate(map(repr_of, self)), key=lambda pair: pair[1]):
             places = [place for place, _ in group]
             text = text.replace("\n", "\n  ")
             if len(places) == 1:
