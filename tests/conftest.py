@@ -6,7 +6,6 @@ JAX's defaults; the doctests run under those.
 """
 
 import os
-from pathlib import Path
 
 # Both are read once, when JAX starts its backend, and so are set before the first import of jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,18 +18,6 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-
-
-_LISTED = Path(__file__).with_name("known_gaps.txt").read_text(encoding="utf-8").splitlines()
-GAPS = {line for line in _LISTED if line and not line.startswith("#")}
-collect_ignore = [line for line in GAPS if line.endswith(".py")]
-
-
-def pytest_collection_modifyitems(items):
-    """Skip what is known not to hold yet."""
-    for item in items:
-        if item.nodeid.removeprefix("tests/") in GAPS:
-            item.add_marker(pytest.mark.skip(reason="listed in tests/known_gaps.txt"))
 
 
 @pytest.fixture
