@@ -10,7 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "src"
 PACKAGE = "lamina"
-MAXIMUM_LINES = 800
+MAXIMUM_LINES = 600
+LONGER = {
+    # One class is one file; most of it is the documentation of a module's public methods.
+    "_core/module.py": 860,
+}
+MOST_PRIVATE_USES = 60
 
 MIDDLE = {"nn", "func", "io", "show", "shard", "optim"}
 ARROWS = {
@@ -156,7 +161,7 @@ def test_no_cycles():
         module: {
             found.module
             for found in imports(name)
-            if found.module in modules and not found.for_types_only and found.module != module
+            if found.module in modules and found.module != module
         }
         for module, name in modules.items()
     }
@@ -241,4 +246,70 @@ def test_only_binding_touches_tracers():
 @pytest.mark.parametrize("name", sorted(files()))
 def test_files_are_short(name):
     lines = files()[name].read_text(encoding="utf-8").count("\n")
-    assert lines <= MAXIMUM_LINES, f"{name} has {lines} lines: it is two files"
+    assert lines <= LONGER.get(name, MAXIMUM_LINES), f"{name} has {lines} lines: it is two files"
+
+
+def private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(name):
+    """Return what a file defines: functions, classes, attributes that it assigns, slots."""
+    found = set()
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Assign) and "__slots__" in ast.dump(node.targets[0]):
+            found.update(ast.literal_eval(node.value))
+    return found
+
+
+def test_few_private_attributes_are_used_in_other_files():
+    uses = [
+        f"{name}:{node.lineno}: {ast.unparse(node)}"
+        for name in files()
+        for node in ast.walk(tree(name))
+        if isinstance(node, ast.Attribute)
+        and private(node.attr)
+        and node.attr not in own_names(name)
+        and ast.unparse(node.value) not in ("self", "cls")
+    ]
+    assert len(uses) < MOST_PRIVATE_USES, f"{len(uses)} uses:\n" + "\n".join(uses)
+
+
+def test_only_the_gate_sets_values():
+    """A cell's value is read and written in ``bind.py``, and nowhere else by its slot."""
+    report(
+        [
+            f"{name}:{node.lineno}: {ast.unparse(node)}"
+            for name in files()
+            if name != "_core/bind.py"
+            for node in ast.walk(tree(name))
+            if (isinstance(node, ast.Attribute) and node.attr == "_value")
+            or (isinstance(node, ast.Constant) and node.value == "_value")
+        ]
+    )
+
+
+def test_nothing_is_injected_at_import():
+    """No module sets an attribute of another module's class or module while it is imported."""
+    problems = []
+    for name in files():
+        imported = {
+            alias.asname or alias.name
+            for node in tree(name).body
+            if isinstance(node, ast.ImportFrom) and (node.level or "lamina" in (node.module or ""))
+            for alias in node.names
+        }
+        for node in tree(name).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            problems += [
+                f"{name}:{node.lineno}: {ast.unparse(node)}"
+                for target in targets
+                if isinstance(target, ast.Attribute) and ast.unparse(target.value) in imported
+            ]
+    report(problems)

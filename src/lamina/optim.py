@@ -178,7 +178,7 @@ class Optimizer:
             self._owners = [_owner(path, names) for path, _ in leaves]
             self._cells = {}
             for (path, leaf), owner in zip(leaves, self._owners, strict=True):
-                self._cells[_join(path)] = self._cell(path, leaf, owner, names.get(owner))
+                self._cells[_join(path)] = self._cell(path, leaf, owner, names.get(owner or ""))
             self._facts = facts
         self._names, self._revisions = names, revisions
         return names

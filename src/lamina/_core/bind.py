@@ -13,12 +13,9 @@ exchange      run a compiled program: values out of the cells, the new values ba
 from __future__ import annotations
 
 import collections
-import gc
 import itertools
-import sys
 import threading
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -28,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import get_opaque_trace_state
 
+from . import messages
 from .errors import ForeignTransformError, StaticWriteError, UnprovenError, note_box_in_lax
+from .stack import kept_by_jax
 
 __all__ = ["Cell", "Exchange", "Frame", "LOCK", "STATE", "read", "settle", "write"]
 
@@ -320,7 +319,7 @@ def _read_outside(cell: Cell) -> Any:
             value = fill(cell)
         if is_tracer(value):
             if trace_mark() == CLEAN:
-                raise ForeignTransformError(_ENDED.format(box=cell.describe()))
+                raise ForeignTransformError(messages.ENDED.format(box=cell.describe()))
             return value
         return _hand_out(cell, value)
     finally:
@@ -331,7 +330,7 @@ def _read_in_callback(cell: Cell) -> Any:
     """Read on a thread of XLA's own, which must not wait for the call that waits for it."""
     value = cell._value
     if is_tracer(value) or value is None or (hasattr(value, "is_deleted") and value.is_deleted()):
-        raise ForeignTransformError(_CALLBACK.format(box=cell.describe()))
+        raise ForeignTransformError(messages.CALLBACK.format(box=cell.describe()))
     return jnp.asarray(np.array(value))
 
 
@@ -341,18 +340,22 @@ def write(cell: Cell, value: Any) -> None:
     frames = state.frames
     if not frames:
         if trace_mark() != CLEAN and (is_tracer(value) or staging()):
-            raise ForeignTransformError(_FOREIGN_WRITE.format(box=cell.describe()))
+            raise ForeignTransformError(messages.FOREIGN_WRITE.format(box=cell.describe()))
         if is_tracer(value):
-            raise ForeignTransformError(_ENDED.format(box="the value for " + cell.describe()))
+            raise ForeignTransformError(
+                messages.ENDED.format(box="the value for " + cell.describe())
+            )
         with LOCK:
             _SET_VALUE(cell, value)
             _hand_out(cell, value)
         return
     frame = frames[-1]
     if trace_mark() != frame.trace:
-        raise ForeignTransformError(_INNER_WRITE.format(box=cell.describe(), kind=frame.kind))
+        raise ForeignTransformError(
+            messages.INNER_WRITE.format(box=cell.describe(), kind=frame.kind)
+        )
     if state.inferring and _first_level(cell) == 0:
-        raise StaticWriteError(_INFERRING.format(box=cell.describe(), kind=frame.kind))
+        raise StaticWriteError(messages.INFERRING.format(box=cell.describe(), kind=frame.kind))
     compiled = state.compiled
     if compiled is not None and cell._level < compiled.level:
         _meet(cell, compiled)
@@ -389,7 +392,7 @@ def write_all(cells: Iterable[Cell], values: Iterable[Any]) -> None:
         lost = next((cell for cell, value in pairs if is_tracer(value)), None)
         if lost is not None or staging():
             first = pairs[0][0] if lost is None else lost
-            raise ForeignTransformError(_FOREIGN_WRITE.format(box=first.describe()))
+            raise ForeignTransformError(messages.FOREIGN_WRITE.format(box=first.describe()))
     for cell, value in pairs:
         write(cell, value)
 
@@ -408,7 +411,7 @@ def _meet(cell: Cell, compiled: Frame) -> None:
     in it to last. Whether they can be found again is checked when the look is over.
     """
     if not compiled.look:
-        raise UnprovenError(_UNPROVEN.format(box=cell.describe(), kind=compiled.kind))
+        raise UnprovenError(messages.UNPROVEN.format(box=cell.describe(), kind=compiled.kind))
     compiled._own(cell)
     compiled.met[cell] = None
 
@@ -420,64 +423,17 @@ def _check_foreign_read(cell: Cell) -> None:
     now = trace_mark()
     if frames:
         if frames[0].foreign and cell._level == 0 and not is_tracer(cell._value):
-            raise ForeignTransformError(_FOREIGN_READ.format(box=cell.describe()))
+            raise ForeignTransformError(messages.FOREIGN_READ.format(box=cell.describe()))
         if now == frames[-1].trace:
             return
     elif not state.depth or state.entry != CLEAN:
         if now != CLEAN and not is_tracer(cell._value) and staging():
-            raise ForeignTransformError(_FOREIGN_READ.format(box=cell.describe()))
+            raise ForeignTransformError(messages.FOREIGN_READ.format(box=cell.describe()))
         return
     elif now == CLEAN:
         return
-    if staging() and _kept_by_jax():
-        raise ForeignTransformError(_KEPT_BY_JAX.format(box=cell.describe()))
-
-
-_OPEN_NO_FRAME = frozenset({"__call__", "_slow", "run_inside"})
-"""Methods by which compiled functions are called from inside of other transforms."""
-
-
-def _kept_by_jax() -> bool:
-    """Tell whether some function on the stack that JAX has called may outlive this call.
-
-    JAX keeps what it records by the identity of the function, so values read in one that lives on
-    would be those of its first call. Safe are functions defined in a function that is running now,
-    and bound methods, which are made anew whenever they are looked up.
-    """
-    called: list[Any] = []
-    defined: set[Any] = set()
-    frame = sys._getframe(2)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        ours = name.startswith("lamina.func.") and frame.f_code.co_name not in _OPEN_NO_FRAME
-        if STATE.frames and ours:
-            break  # what is further out was called before lamina's frame was opened
-        if not name.startswith(("jax.", "lamina._core.bind")):
-            defined.update(c for c in frame.f_code.co_consts if hasattr(c, "co_code"))
-            above = frame.f_back
-            caller = above.f_globals.get("__name__", "") if above is not None else ""
-            if caller.startswith("jax.") and "tree" not in caller:
-                called.append(frame)
-        frame = frame.f_back
-    return any(f.f_code not in defined and not _is_method(f) for f in called)
-
-
-def _is_method(frame: Any) -> bool:
-    """Tell whether a frame runs a method of its first argument, looked up for the call.
-
-    ``jax.jit(net.block)`` may live on, and its method with it.
-    """
-    above = frame.f_back
-    while above is not None and above.f_globals.get("__name__", "").startswith("jax."):
-        if above.f_globals["__name__"].endswith(".pjit"):
-            return False
-        above = above.f_back
-    code = frame.f_code
-    if not code.co_argcount or code.co_name == "__call__":
-        return False
-    me = frame.f_locals.get(code.co_varnames[0])
-    found = getattr(type(me), code.co_name, None)
-    return getattr(found, "__code__", None) is code
+    if staging() and kept_by_jax(bool(STATE.frames)):
+        raise ForeignTransformError(messages.KEPT_BY_JAX.format(box=cell.describe()))
 
 
 def fill(cell: Cell) -> Any:
@@ -529,7 +485,7 @@ def belong(cell: Any, born: tuple[int, ...]) -> Any:
     """
     frames = STATE.frames
     if frames:
-        level = _level_of(born)
+        level = level_of(born)
         _SET_LEVEL(cell, level)
         if level < len(frames):
             del frames[-1].born[cell]
@@ -573,53 +529,7 @@ def put_back(cells: Iterable[Cell], values: Iterable[Any]) -> None:
         _Handed.count += 1
 
 
-# What hooks see.
-
-
-def runs(hook: Any) -> Any:
-    """Note that a hook runs, which must keep nothing that it sees in an open transform."""
-    if STATE.frames:
-        STATE.hooks[id(hook)] = hook
-    return hook
-
-
-def refuse_kept() -> None:
-    """When the outermost transform has returned, refuse that a hook has kept what it saw in it."""
-    if STATE.frames or not STATE.hooks or trace_mark() != CLEAN:
-        return
-    hooks, STATE.hooks = STATE.hooks, {}
-    if any(map(is_tracer, _reachable(list(hooks.values())))):
-        raise ForeignTransformError(_KEPT_BY_HOOK)
-
-
-def _reachable(things: list[Any]) -> Iterator[Any]:
-    """Yield what functions can reach in closures, globals, plain objects, lists and dicts."""
-    seen: set[int] = set()
-    while things and len(seen) < 10_000:
-        thing = things.pop()
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        yield thing
-        if isinstance(thing, types.FunctionType):
-            names = thing.__code__.co_names
-            things += [thing.__globals__[name] for name in names if name in thing.__globals__]
-            things += [*(thing.__closure__ or ()), thing.__defaults__]
-        elif isinstance(thing, types.CellType):
-            things += gc.get_referents(thing)
-        elif isinstance(thing, types.MethodType):
-            things += [thing.__func__, thing.__self__]
-        elif isinstance(thing, (list, tuple, set, collections.deque)):
-            things += thing
-        elif isinstance(thing, dict):
-            things += thing.values()
-        elif hasattr(thing, "__dict__") and not isinstance(
-            thing, (type, types.ModuleType, Cell, jax.Array)
-        ):
-            things += vars(thing).values()
-
-
-# Changes that are no writes of values.
+# When things were made.
 
 
 def birth() -> tuple[int, ...]:
@@ -627,86 +537,10 @@ def birth() -> tuple[int, ...]:
     return tuple(frame.serial for frame in STATE.frames)
 
 
-def _level_of(born: tuple[int, ...]) -> int:
+def level_of(born: tuple[int, ...]) -> int:
     """Return how many of the frames in which an object was made are open still."""
     pairs = zip(STATE.frames, born, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0].serial == pair[1], pairs))
-
-
-def is_born_inside(born: tuple[int, ...]) -> bool:
-    """Tell whether an object ends with the trace that is open now."""
-    return bool(born) and _level_of(born) > 0
-
-
-def outlives_compiled(born: tuple[int, ...]) -> bool:
-    """Tell whether a compiled function is being traced that ends before an object does."""
-    compiled = STATE.compiled
-    return compiled is not None and _level_of(born) < compiled.level
-
-
-def refuse_static_change(born: tuple[int, ...], message: str, **words: Any) -> None:
-    """Refuse a change that a compiled function would make once, while tracing, and then lose."""
-    if outlives_compiled(born):
-        raise StaticWriteError(message.format(**words))
-
-
-def refuse_tracer_part(cls: str, name: str, cells: Iterable[Cell]) -> None:
-    """Refuse parts that hold arrays which would outlive the trace that they belong to."""
-    if any(map(is_tracer, raw_values(cells))):
-        raise StaticWriteError(_TRACER_PART.format(cls=cls, name=name, kind=STATE.frames[-1].kind))
-
-
-def refuse_tracer_attribute(cls: str, name: str) -> None:
-    """Refuse an array that would outlive, in a plain attribute, the trace that it belongs to."""
-    frame = STATE.frames[-1]
-    if frame.abstract and STATE.compiled is None:
-        return  # it is taken back at the end
-    kind = frame.kind
-    raise StaticWriteError(_TRACER_ATTRIBUTE.format(cls=cls, name=name, kind=kind))
-
-
-def on_error(action: Callable[[], None], always: bool = False) -> None:
-    """Have a change of shapes or structure taken back if the trace that is open fails.
-
-    ``always``: also if it succeeds and was only made to infer shapes.
-    """
-    if STATE.frames:
-        frame = STATE.frames[-1]
-        (frame.undo_always if always and frame.abstract else frame.undo).append(action)
-
-
-# Randomness.
-
-
-def draws_before(stream: Cell) -> tuple[Any, list[Any]]:
-    """Count a draw from a stream; return how many came before it, and the lanes it is made in."""
-    frames = STATE.frames
-    frame = frames[-1]
-    if trace_mark() != frame.trace:
-        raise ForeignTransformError(_INNER_WRITE.format(box=stream.describe(), kind=frame.kind))
-    count: Any = 0
-    lanes: list[Any] = []
-    counting = True
-    for outer in reversed(frames):
-        if counting:
-            count += outer.draws.get(stream, 0)
-            count += outer.drawn_before.get(stream, 0)
-        lanes += outer.lanes
-        if outer.compiled:
-            break  # its inputs are the stream's words and the lanes around it
-        counting = counting and stream not in outer.values  # else the stream starts here
-    frame.draws[stream] = frame.draws.get(stream, 0) + 1
-    return count, lanes
-
-
-def note_draws(draws: dict[Any, int]) -> None:
-    """Count the draws of a closed frame in the one around it, or advance the streams."""
-    for stream, count in draws.items():
-        if STATE.frames:
-            outer = STATE.frames[-1].draws
-            outer[stream] = outer.get(stream, 0) + count
-        else:
-            stream.advance(count)
 
 
 # Running compiled programs.
@@ -742,7 +576,7 @@ class Exchange:
             results.extend(map(program, (donated,), (kept,), (arrays,)))
         except Exception as error:
             if any(hasattr(v, "is_deleted") and v.is_deleted() for v in donated):
-                error.add_note(_LOST.format(name=name))
+                error.add_note(messages.LOST.format(name=name))
             raise
         finally:
             if results:
@@ -759,101 +593,3 @@ class Exchange:
                 donated[index] = jnp.copy(donated[index])
                 copied.append(cell)
         return copied
-
-
-def apart(written: list[Any], result: Any, given: Iterable[Any]) -> tuple[list[Any], Any]:
-    """Return a program's results with copies where an array would come out as it went in, or
-    twice: what a cell takes is given away later, and must be nobody else's.
-    """
-    taken = {id(value) for value in given if value is not None}
-
-    def own(value: Any) -> Any:
-        if value is None:
-            return None
-        if id(value) in taken or not is_tracer(value):
-            return jnp.copy(value)
-        taken.add(id(value))
-        return value
-
-    return [own(value) for value in written], jax.tree.map(
-        lambda leaf: jnp.copy(leaf) if id(leaf) in taken else leaf, result
-    )
-
-
-def has_callbacks(jaxpr: Any) -> bool:
-    """Tell whether a program calls back into Python while it runs."""
-    return any("callback" in name for name in _primitive_names(jaxpr))
-
-
-def _primitive_names(jaxpr: Any) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for parameter in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from _primitive_names(inner)
-
-
-_FOREIGN_READ = """{box} was read under a plain JAX transform that records a program (jax.jit, \
-jax.lax.scan, jax.eval_shape ...): its present value would be frozen into it as a constant.
-    wrong:  jax.jit(lambda x: net(x))(x)
-    right:  lamina.jit(lambda x: net(x))(x)     (also lamina.scan, lamina.remat, lamina.infer)
-    fix: use lamina's transform, or lamina.functional_call(net, params, x) with all names in \
-params; for random draws `with lamina.rng(key):`"""
-
-_KEPT_BY_JAX = """{box} is read in a function that JAX may keep from an earlier call, with an old \
-value in it: it keeps the programs it records by the identity of the function.
-    wrong:  jax.lax.scan(self.cell, h, xs)              jax.checkpoint(self.block)(x)
-    right:  jax.lax.scan(lambda h, x: self.cell(h, x), h, xs)
-    fix: lamina.scan(self.cell, h, xs) or lamina.remat(self.block)(x), or define the function \
-where it is used"""
-
-_FOREIGN_WRITE = """{box} is written under a plain JAX transform, which would lose the new value.
-    wrong:  jax.jit(f), jax.vmap(f), jax.grad(f), ... where f writes a parameter or buffer
-    right:  lamina.jit(f), lamina.vmap(f), lamina.grad(f), ...
-    or:     out, state = lamina.functional_call(net, params, x, return_state=True)
-    fix: use lamina's transform; or net.eval() if the layer needs no new state, or `with \
-lamina.rng(key):` for dropout"""
-
-_INNER_WRITE = """{box} is written inside a jax transform nested in lamina's `{kind}`; the new \
-value would be lost.
-    fix: Use lamina.scan, lamina.vmap, lamina.grad or lamina.remat in place of the jax transform, \
-or return the value and write it outside"""
-
-_ENDED = """{box} was made or written inside a transform, and exists only there: the transform has \
-ended.
-    fix: return the value from the transformed function and use what the call returns"""
-
-_INFERRING = """{box} is written in infer_shapes under `{kind}`: infer_shapes runs once, and the \
-new value would be lost.
-    fix: in infer_shapes set shapes and recipes only (self.weight.init = ...), or compute the \
-value in forward"""
-
-_TRACER_ATTRIBUTE = """{cls}.{name} is a plain attribute, and under `{kind}` the array assigned to \
-it exists only while tracing.
-    fix: declare it in __init__: self.register_buffer({name!r}, None, persistent=False); then \
-`self.{name} = array` works everywhere and the value comes out"""
-
-_TRACER_PART = """{cls}.{name} is to hold an array that was computed under `{kind}` and exists only \
-while tracing.
-    fix: give it a recipe, nn.Parameter(shape=..., init=nn.init.Constant(0.5)), or assign it outside"""
-
-_UNPROVEN = """{box} is reached by `{kind}` on a way that can't be checked again at every call.
-    fix: pass it as an argument of the compiled function"""
-
-_KEPT_BY_HOOK = """a hook has kept an array that it saw inside a transform, and that exists only \
-there: it could not be used afterwards.
-    wrong:  hook = lambda module, args, output: kept.append(output)
-    right:  ... kept.append(output.shape), or in forward: self.last = output, with \
-self.register_buffer("last", None, persistent=False)
-    fix: return the array from the transformed function (has_aux=True), keep it in a buffer, or \
-remove the hook before"""
-
-_CALLBACK = """{box} is read in a callback while the compiled function that updates it runs: it \
-has no value at this moment.
-    fix: pass the value to the callback: jax.debug.callback(f, net.weight.data)"""
-
-_LOST = """{name} failed while it was running, after its inputs were given up to it: the \
-parameters it was to update are lost. Load them again, for instance from the last checkpoint."""

@@ -14,31 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import bind
+from . import bind, changes
 from .bind import STATE, Cell
 from .draw import Origin, Recipe, TracedSeed, draw
 from .errors import DeferredError, ShapeError, TypeMismatchError, format_shape
 from .operators import Operators
 from .random import BIRTHS, Generator
-from .recipe import Normal, Uniform
-from .shapes import Shape, as_sharding, canonical, check_shape, fits, weakest
+from .shapes import Shape, Size, as_sharding, canonical, check_shape, fits, weakest
 from .walk import describe, identify, origin_of, touch
 
 __all__ = ["Box", "Recipe", "array", "is_array"]
-
-
-class Size(int):
-    """The number of elements; called, the sizes, as PyTorch's ``tensor.size()``."""
-
-    shape: tuple[int, ...]
-
-    def __new__(cls, shape: tuple[int, ...]) -> Size:
-        self = super().__new__(cls, math.prod(shape))
-        self.shape = shape
-        return self
-
-    def __call__(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
 
 
 class Box(Cell, Operators):
@@ -179,7 +164,7 @@ class Box(Cell, Operators):
         """Set shape and dtype; taken back if the trace that is open fails."""
         former = self._shape, self._dtype
         if STATE.frames:
-            bind.on_error(lambda: self.reform(*former))
+            changes.on_error(lambda: self.reform(*former))
         self._shape, self._dtype = shape, np.dtype(dtype)
         touch(self.owners)
 
@@ -268,7 +253,7 @@ class Box(Cell, Operators):
             touch(self.owners)
 
     def _refuse_change(self, what: str) -> None:
-        bind.refuse_static_change(self._born, _STATIC, box=self.describe(), what=what)
+        changes.refuse_static_change(self._born, _STATIC, box=self.describe(), what=what)
 
     # The value.
 
@@ -441,7 +426,7 @@ class Box(Cell, Operators):
         seed = key if key is not None else BIRTHS.seed_inside() if STATE.frames else BIRTHS.seed()
         former = self._recipe, self._origin, self._seed
         self._recipe, self._origin, self._seed = recipe, None, seed
-        if bind.outlives_compiled(self._born):  # only the value is new in each call
+        if changes.outlives_compiled(self._born):  # only the value is new in each call
             try:
                 bind.write(self, self._checked(self.drawn(self.origin())))
             finally:
@@ -490,37 +475,6 @@ class Box(Cell, Operators):
             raise TypeMismatchError(self._mismatch("dtype", self.dtype, value.dtype))
         bind.write(self, self._checked(value.astype(self.dtype)))
         return self
-
-    def normal_(self, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Self:
-        """Draw from a normal distribution; recorded as the recipe."""
-        return self.initialize(Normal(mean, std), generator)
-
-    def uniform_(self, a: float = 0.0, b: float = 1.0, *, generator: Any = None) -> Self:
-        """Draw from U(a, b); recorded as the recipe."""
-        return self.initialize(Uniform(a, b), generator)
-
-    def to(self, *targets: Any, dtype: Any = None, device: Any = None) -> jax.Array:
-        """Return the value with another dtype or at another place; the box stays as it is."""
-        dtype, device = parse_targets(targets, dtype, device)
-        value = self.data if dtype is None else self.data.astype(dtype)
-        return value if device is None else jax.device_put(value, as_sharding(device))
-
-    def __getitem__(self, index: Any) -> jax.Array:
-        return self.data[_plain(index)]
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        value = array(value)
-        if not np.can_cast(weakest(value.dtype), np.dtype(self.dtype), "same_kind"):
-            raise TypeMismatchError(self._mismatch("dtype", self.dtype, value.dtype))
-        self.data = self.data.at[_plain(index)].set(value.astype(self.dtype))
-
-    __array_priority__ = 1000  # a NumPy array on the left leaves the operation to the box
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.data, dtype=dtype)
-
-    def __jax_array__(self) -> jax.Array:
-        return self.data
 
     def __getattr__(self, name: str) -> Any:
         if name in _REPLACED:
@@ -607,13 +561,7 @@ class Box(Cell, Operators):
 
 
 def array(value: Any) -> jax.Array:
-    """Return a box, NumPy array, list or scalar as a ``jax.Array`` (or tracer).
-
-    Example:
-        >>> from lamina._core.box import array
-        >>> array([1.0, 2.0]).shape
-        (2,)
-    """
+    """Return a box, NumPy array, list or scalar as a ``jax.Array`` (or tracer)."""
     if isinstance(value, Box):
         return value.data
     return value if isinstance(value, jax.Array) else jnp.asarray(value)
@@ -628,31 +576,8 @@ def is_array(value: Any) -> bool:
     )
 
 
-def parse_targets(targets: Any, dtype: Any, device: Any) -> tuple[Any, Any]:
-    """Sort what ``to(...)`` was given into a dtype and a device or sharding."""
-    for target in targets:
-        if isinstance(target, str) and target in _DTYPE_NAMES:
-            dtype = target
-        elif isinstance(target, (str, jax.Device, jax.sharding.Sharding)):
-            device = target
-        elif isinstance(target, (jax.Array, Box)):
-            dtype, device = target.dtype, target.sharding
-        elif target is not None:
-            dtype = target
-    return dtype, device
-
-
-_DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
-
-
 def _has_array(value: Any) -> bool:
     return any(isinstance(leaf, (Box, jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value))
-
-
-def _plain(index: Any) -> Any:
-    if isinstance(index, tuple):
-        return tuple(_plain(part) for part in index)
-    return index.data if isinstance(index, Box) else index
 
 
 _REPLACED = {

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .bind import is_tracer
 from .errors import ShapeError, StaticWriteError
 
 __all__ = ["Origin", "Recipe", "TracedSeed", "draw", "name_words", "seed_key"]
@@ -79,7 +80,7 @@ def draw(
             raise StaticWriteError(_FRESH.format(label=label))
         words = jnp.concatenate([seed.words[:2], words])
         return _run(recipe, None, words, shape, dtype, sharding)
-    if isinstance(seed, jax.core.Tracer):
+    if is_tracer(seed):
         return _run(recipe, seed, words, shape, dtype, sharding)
     if isinstance(seed, tuple):
         words = np.array([*seed, *words], np.uint32)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
+import gc
 import itertools
+import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from . import bind
+from .bind import CLEAN, STATE, Cell, is_tracer, trace_mark
+from .errors import ForeignTransformError
 from .shapes import is_inexact
 from .walk import path_of, touch
 
@@ -183,7 +187,7 @@ def run_backward_hooks(
             every[i] = grad
         outputs = seen.pop("outputs", None)
         for hook in after:
-            changed = bind.runs(hook)(module, tuple(every), outputs)
+            changed = runs(hook)(module, tuple(every), outputs)
             if changed is not None:
                 every = _replaced(module, every, _as_tuple(changed))
         return [every[i] for i in where]
@@ -197,7 +201,7 @@ def run_backward_hooks(
     def outputs_backward(_: None, grads: Any) -> Any:
         result = tuple(grads)
         for hook in before:
-            changed = bind.runs(hook)(module, result)
+            changed = runs(hook)(module, result)
             if changed is not None:
                 result = _as_tuple(changed)
         seen["outputs"] = result
@@ -224,8 +228,8 @@ def _replaced(module: Any, grads: list[Any], by: tuple[Any, ...]) -> list[Any]:
     if not fits or any(g is None and n is not None for g, n in zip(grads, by, strict=True)):
         shown = ", ".join("None" if g is None else "an array" for g in grads)
         raise ValueError(
-            f"a backward hook of {path_of(module)} returned {len(by)} gradients that do not fit the "
-            f"{len(grads)} that it was given: ({shown})\n"
+            f"a backward hook of {path_of(module)} returned {len(by)} gradients, which do not fit "
+            f"the {len(grads)} that it was given: ({shown})\n"
             f"    fix: return None, or a tuple with None where there is no gradient"
         )
     return [g if n is None else jnp.asarray(n) for g, n in zip(grads, by, strict=True)]
@@ -243,3 +247,55 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _is_inexact(value: Any) -> bool:
     return hasattr(value, "dtype") and is_inexact(value.dtype)
+
+
+def runs(hook: Any) -> Any:
+    """Note that a hook runs, which must keep nothing that it sees in an open transform."""
+    if STATE.frames:
+        STATE.hooks[id(hook)] = hook
+    return hook
+
+
+def refuse_kept() -> None:
+    """When the outermost transform has returned, refuse that a hook has kept what it saw in it."""
+    if STATE.frames or not STATE.hooks or trace_mark() != CLEAN:
+        return
+    hooks, STATE.hooks = STATE.hooks, {}
+    if any(map(is_tracer, _reachable(list(hooks.values())))):
+        raise ForeignTransformError(_KEPT_BY_HOOK)
+
+
+def _reachable(things: list[Any]) -> Iterator[Any]:
+    """Yield what functions can reach in closures, globals, plain objects, lists and dicts."""
+    seen: set[int] = set()
+    while things and len(seen) < 10_000:
+        thing = things.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        yield thing
+        if isinstance(thing, types.FunctionType):
+            names = thing.__code__.co_names
+            things += [thing.__globals__[name] for name in names if name in thing.__globals__]
+            things += [*(thing.__closure__ or ()), thing.__defaults__]
+        elif isinstance(thing, types.CellType):
+            things += gc.get_referents(thing)
+        elif isinstance(thing, types.MethodType):
+            things += [thing.__func__, thing.__self__]
+        elif isinstance(thing, (list, tuple, set, collections.deque)):
+            things += thing
+        elif isinstance(thing, dict):
+            things += thing.values()
+        elif hasattr(thing, "__dict__") and not isinstance(
+            thing, (type, types.ModuleType, Cell, jax.Array)
+        ):
+            things += vars(thing).values()
+
+
+_KEPT_BY_HOOK = """a hook has kept an array that it saw inside a transform, and that exists only \
+there: it could not be used afterwards.
+    wrong:  hook = lambda module, args, output: kept.append(output)
+    right:  ... kept.append(output.shape), or in forward: self.last = output, with \
+self.register_buffer("last", None, persistent=False)
+    fix: return the array from the transformed function (has_aux=True), keep it in a buffer, or \
+remove the hook before"""

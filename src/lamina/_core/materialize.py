@@ -13,6 +13,7 @@ from . import bind
 from .bind import STATE, Frame
 from .box import Box
 from .errors import DeferredError, ForeignTransformError
+from .hooks import refuse_kept
 from .module import Module
 from .shapes import as_sharding, canonical, is_floating
 from .walk import walk
@@ -62,7 +63,7 @@ def infer_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
             fn(*positional, **keywords)
 
     jax.eval_shape(forward, [abstractify(x) for x, use in zip(leaves, dynamic, strict=True) if use])
-    bind.refuse_kept()
+    refuse_kept()
 
 
 def materialize(

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import bind
+from . import bind, changes
 from .bind import STATE, Cell
-from .box import Box, is_array, parse_targets
+from .box import Box, is_array
 from .errors import DeferredError, did_you_mean
 from .explain import NoAttribute, explained
-from .hooks import Hooked, run_backward_hooks
+from .hooks import Hooked, run_backward_hooks, runs
 from .nesting import CALLS, DEEP, nested
 from .parameter import ArrayAttribute, Buffer, Parameter
 from .random import BIRTHS
 from .registry import Registry
-from .shapes import as_sharding, is_inexact
+from .shapes import as_sharding, is_inexact, parse_targets
 from .state_dict import StateDict, load_own, load_state_dict, save_own, save_state_dict
 from .trees import as_array
 from .walk import Links, own_boxes, path_of, touch, walk
@@ -139,8 +139,8 @@ class Module(Hooked):
         """Tell whether a new array attribute will last; one that ends with a trace is refused."""
         if not bind.is_tracer(value):
             return True
-        if STATE.frames and not bind.is_born_inside(self._links.born):
-            bind.refuse_tracer_attribute(type(self).__name__, name)
+        if STATE.frames and not changes.is_born_inside(self._links.born):
+            changes.refuse_tracer_attribute(type(self).__name__, name)
         return False
 
     def _set_plain(self, name: str, value: Any) -> None:
@@ -148,14 +148,14 @@ class Module(Hooked):
         old = fields.get(name, _MISSING)
         if old is value or (type(old) is type(value) in _SIMPLE and repr(old) == repr(value)):
             return
-        if STATE.frames and not bind.is_born_inside(fields["_links"].born):
+        if STATE.frames and not changes.is_born_inside(fields["_links"].born):
             if bind.holds_tracer(value) and not STATE.inferring:
-                bind.refuse_tracer_attribute(type(self).__name__, name)
+                changes.refuse_tracer_attribute(type(self).__name__, name)
             if not STATE.inferring:
-                bind.refuse_static_change(
+                changes.refuse_static_change(
                     fields["_links"].born, _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
                 )
-            bind.on_error(lambda: self._put_back(name, old), always=not STATE.inferring)
+            changes.on_error(lambda: self._put_back(name, old), always=not STATE.inferring)
         if name in fields["_array_attributes"]:
             del fields["_array_attributes"][name]
         fields[name] = value
@@ -230,7 +230,7 @@ class Module(Hooked):
             if name in registry:
                 del registry[name]
                 return
-        bind.refuse_static_change(
+        changes.refuse_static_change(
             self._links.born, _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
         )
         object.__delattr__(self, name)
@@ -359,7 +359,7 @@ class Module(Hooked):
         former, state.inferring = state.inferring, True
         cls, become = type(self), self.cls_to_become
         try:
-            bind.on_error(lambda: self._become(cls, True))
+            changes.on_error(lambda: self._become(cls, True))
             self.infer_shapes(*args, **kwargs)
             pending = any(b.is_unshaped and not b.is_place for _, b in own_boxes(self))
             self._become(become if become is not None and not pending else cls, pending)
@@ -731,7 +731,8 @@ class Module(Hooked):
 
     @nested
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin: Any = type(self).__new__(type(self))
+        memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
@@ -806,7 +807,8 @@ def _made_after(below: list[Module], function: Callable[..., Any], args: Any) ->
 
 def repr_of(child: Any) -> str:
     """Return ``repr(child)`` without passing through C, where there is less room."""
-    return type(child).__repr__(child)
+    method: Any = type(child).__repr__
+    return method(child)
 
 
 def _plain_array(value: Any) -> Any:
@@ -829,14 +831,14 @@ def _join(prefix: str, name: str) -> str:
 
 def _run_forward_hooks(module: Module, args: Any, kwargs: Any, output: Any) -> Any:
     for hook, with_kwargs, _ in list(module._forward_hooks.values()):
-        bind.runs(hook)
+        runs(hook)
         result = hook(module, args, kwargs, output) if with_kwargs else hook(module, args, output)
         output = output if result is None else result
     return output
 
 
 def _run_pre_hook(module: Module, hook: Any, with_kwargs: bool, args: Any, kwargs: Any) -> Any:
-    bind.runs(hook)
+    runs(hook)
     result = hook(module, args, kwargs) if with_kwargs else hook(module, args)
     if result is None:
         return args, kwargs

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .errors import ShapeError, format_shape
+from .errors import ShapeError, TypeMismatchError, format_shape
+from .recipe import Normal, Uniform
+from .shapes import as_sharding, parse_targets, weakest
 
 __all__ = ["Operators"]
 
@@ -30,6 +32,8 @@ class Operators:
         def describe(self) -> str: ...
         def _updated(self, value: Any) -> Self: ...
         def numel(self) -> int: ...
+        def initialize(self, recipe: Any, key: Any = None) -> Self: ...
+        def _mismatch(self, what: str, expected: Any, got: Any) -> str: ...
         def __add__(self, other: Any) -> jax.Array: ...
         def __sub__(self, other: Any) -> jax.Array: ...
         def __mul__(self, other: Any) -> jax.Array: ...
@@ -94,6 +98,37 @@ class Operators:
             raise TypeError("clamp_: give min, max or both")
         bounds = [None if bound is None else plain_array(bound) for bound in (min, max)]
         return self._updated(jnp.clip(self.data, *bounds))
+
+    def normal_(self, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> Self:
+        """Draw from a normal distribution; recorded as the recipe."""
+        return self.initialize(Normal(mean, std), generator)
+
+    def uniform_(self, a: float = 0.0, b: float = 1.0, *, generator: Any = None) -> Self:
+        """Draw from U(a, b); recorded as the recipe."""
+        return self.initialize(Uniform(a, b), generator)
+
+    def to(self, *targets: Any, dtype: Any = None, device: Any = None) -> jax.Array:
+        """Return the value with another dtype or at another place; the box stays as it is."""
+        dtype, device = parse_targets(targets, dtype, device)
+        value = self.data if dtype is None else self.data.astype(dtype)
+        return value if device is None else jax.device_put(value, as_sharding(device))
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.data[_plain(index)]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        value = jnp.asarray(plain_array(value))
+        if not np.can_cast(weakest(value.dtype), np.dtype(self.dtype), "same_kind"):
+            raise TypeMismatchError(self._mismatch("dtype", self.dtype, value.dtype))
+        self.data = self.data.at[_plain(index)].set(value.astype(self.dtype))
+
+    __array_priority__ = 1000  # a NumPy array on the left leaves the operation to the box
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.data, dtype=dtype)
+
+    def __jax_array__(self) -> jax.Array:
+        return self.data
 
     def clone(self) -> jax.Array:
         """Return the value; a ``jax.Array`` never changes."""
@@ -211,3 +246,9 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Operators, f"__{_name}__", _binary(getattr(operator, f"__{_name}__"))[0])
 for _name in ("neg", "pos", "abs", "invert"):
     setattr(Operators, f"__{_name}__", _unary(getattr(operator, f"__{_name}__")))
+
+
+def _plain(index: Any) -> Any:
+    if isinstance(index, tuple):
+        return tuple(_plain(part) for part in index)
+    return index.data if isinstance(index, Operators) else index

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import bind
-from .bind import STATE, Cell
+from . import bind, changes
+from .bind import STATE, Cell, trace_mark
 from .draw import TracedSeed, seed_key
+from .errors import ForeignTransformError
+from .messages import INNER_WRITE
 
 __all__ = ["BIRTHS", "DEFAULT", "Births", "Generator", "manual_seed", "next_key", "rng"]
 
@@ -83,7 +85,7 @@ class Generator:
         if not STATE.frames:
             self.stream.advance(1)
             return _key(words, np.uint32(0))
-        count, lanes = bind.draws_before(self.stream)
+        count, lanes = draws_before(self.stream)
         key = _key(words, jnp.asarray(count, jnp.uint32))
         for lane in lanes:
             key = jax.random.fold_in(key, lane)
@@ -197,7 +199,7 @@ class Births:
 
     def take(self, born: tuple[int, ...] = ()) -> tuple[Any, int]:
         """Return the origin of a new model."""
-        seed = self.seed_inside(fresh=True) if bind.is_born_inside(born) else self.seed()
+        seed = self.seed_inside(fresh=True) if changes.is_born_inside(born) else self.seed()
         number = self.number
         self.number += 1
         return seed, number
@@ -216,6 +218,37 @@ class Births:
 
 BIRTHS = Births()
 DEFAULT = Generator(0)
+
+
+def draws_before(stream: Cell) -> tuple[Any, list[Any]]:
+    """Count a draw from a stream; return how many came before it, and the lanes it is made in."""
+    frames = STATE.frames
+    frame = frames[-1]
+    if trace_mark() != frame.trace:
+        raise ForeignTransformError(INNER_WRITE.format(box=stream.describe(), kind=frame.kind))
+    count: Any = 0
+    lanes: list[Any] = []
+    counting = True
+    for outer in reversed(frames):
+        if counting:
+            count += outer.draws.get(stream, 0)
+            count += outer.drawn_before.get(stream, 0)
+        lanes += outer.lanes
+        if outer.compiled:
+            break  # its inputs are the stream's words and the lanes around it
+        counting = counting and stream not in outer.values  # else the stream starts here
+    frame.draws[stream] = frame.draws.get(stream, 0) + 1
+    return count, lanes
+
+
+def note_draws(draws: dict[Any, int]) -> None:
+    """Count the draws of a closed frame in the one around it, or advance the streams."""
+    for stream, count in draws.items():
+        if STATE.frames:
+            outer = STATE.frames[-1].draws
+            outer[stream] = outer.get(stream, 0) + count
+        else:
+            stream.advance(count)
 
 
 def manual_seed(seed: int) -> Generator:
@@ -294,4 +327,4 @@ def rng(seed: Any) -> Iterator[Generator]:
     for cell, value in zip(written, values, strict=True):
         bind.write(cell, value)
     frame.draws.pop(stream, None)
-    bind.note_draws(frame.draws)
+    note_draws(frame.draws)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from . import bind
+from . import changes
 from .bind import STATE, Cell
 from .walk import cells_of, touch
 
@@ -25,10 +25,10 @@ class Registry(dict):
 
     def __setitem__(self, name: str, value: Any) -> None:
         owner = self.owner()
-        lasts = STATE.frames and owner is not None and not bind.is_born_inside(owner._links.born)
+        lasts = STATE.frames and owner is not None and not changes.is_born_inside(owner._links.born)
         if lasts and value is not None:
             cells = [value] if isinstance(value, Cell) else cells_of(value)
-            bind.refuse_tracer_part(type(owner).__name__, name, cells)
+            changes.refuse_tracer_part(type(owner).__name__, name, cells)
         self._changing(name)
         super().__setitem__(name, value)
         if owner is not None and value is not None:
@@ -76,11 +76,11 @@ class Registry(dict):
         if owner is None:
             return
         if STATE.frames:
-            bind.refuse_static_change(
+            changes.refuse_static_change(
                 owner._links.born, _STRUCTURE, cls=type(owner).__name__, name=name
             )
             former = dict(self)
-            bind.on_error(lambda: self._put_back(former))
+            changes.on_error(lambda: self._put_back(former))
         touch((self.owner,), structure=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -13,16 +14,32 @@ from .errors import ShapeError
 
 __all__ = [
     "Shape",
+    "Size",
     "as_sharding",
     "canonical",
     "check_shape",
     "fits",
     "is_floating",
     "is_inexact",
+    "parse_targets",
     "weakest",
 ]
 
 Shape = tuple[int | None, ...]
+
+
+class Size(int):
+    """The number of elements; called, the sizes, as PyTorch's ``tensor.size()``."""
+
+    shape: tuple[int, ...]
+
+    def __new__(cls, shape: tuple[int, ...]) -> Size:
+        self = super().__new__(cls, math.prod(shape))
+        self.shape = shape
+        return self
+
+    def __call__(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
 
 
 def canonical(dtype: Any) -> np.dtype:
@@ -85,3 +102,21 @@ def weakest(dtype: Any) -> np.dtype:
     if jnp.issubdtype(dtype, jnp.bool_):
         return np.dtype(np.bool_)
     return np.dtype(np.int8)
+
+
+def parse_targets(targets: Any, dtype: Any, device: Any) -> tuple[Any, Any]:
+    """Sort what ``to(...)`` was given into a dtype and a device or sharding."""
+    for target in targets:
+        place = getattr(target, "sharding", None)
+        if isinstance(target, str) and target in _DTYPE_NAMES:
+            dtype = target
+        elif isinstance(target, (str, jax.Device, jax.sharding.Sharding)):
+            device = target
+        elif place is not None:
+            dtype, device = getattr(target, "dtype", None), place
+        elif target is not None:
+            dtype = target
+    return dtype, device
+
+
+_DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")

@@ -7,7 +7,9 @@ from typing import Any
 from .._core import bind
 from .._core.bind import Cell, Frame
 from .._core.box import Box
+from .._core.hooks import refuse_kept
 from .._core.module import Module
+from .._core.random import note_draws
 from .._core.trees import Carrier
 from .._core.walk import cells_of
 
@@ -52,9 +54,9 @@ class Effects:
 
     def pass_on(self, values: Any) -> None:
         """Write the values, as the transform returned them, into the cells outside of it."""
-        bind.refuse_kept()
+        refuse_kept()
         count = len(self.written)
         bind.write_all(self.written, values[:count])
         for cell, value in zip(self.returned, values[count:], strict=True):
             cell.replace(value) if isinstance(cell, Box) else bind.write(cell, value)
-        bind.note_draws(self.draws)
+        note_draws(self.draws)

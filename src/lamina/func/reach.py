@@ -14,21 +14,17 @@ sharing  ``shape``: the same without identities, so that another instance may us
 from __future__ import annotations
 
 import argparse
-import builtins
 import collections
 import contextvars
-import dis
 import functools
 import gc
-import itertools
-import operator
 import queue
 import random
 import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -37,30 +33,33 @@ import numpy as np
 from .._core.bind import Cell
 from .._core.box import Box, is_array
 from .._core.errors import UnprovenError
-from .._core.fingerprint import Same, array_key, is_plain, plain_attributes, value_key
+from .._core.fingerprint import Same, is_plain, plain_attributes, value_key
 from .._core.module import Module
 from .._core.parameter import Parameter
 from .._core.walk import own_boxes, revision_of, walk
-
-__all__ = ["Reach", "is_library"]
-
-_LIBRARY = frozenset({"jax", "jaxlib", "numpy", "scipy", "optax", "torch", "ml_dtypes"}) | {
-    __name__.partition(".")[0],
-    *sys.stdlib_module_names,
-} - {"__main__"}  # fmt: skip
-"""Packages whose functions and classes hold no state of the user's, so they are not searched."""
-
-_READS_ALL = frozenset(
-    {"vars", "__dict__", "asdict", "astuple", "attrgetter", "getattr", "deepcopy"}
+from .code import (
+    BUILTINS,
+    LIBRARY,
+    READS_ALL,
+    READS_NAMES,
+    globals_in,
+    imports_in,
+    is_library,
+    is_library_thing,
+    names_in,
+    slots_of,
+    unwrapped,
 )
-"""Who mentions one of these may read any field."""
+from .proof import EMPTY, Proof, any_array_key, array_form, contents
+
+__all__ = ["Reach", "cell_form"]
+
 
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 _RANDOM = (np.random.Generator, np.random.RandomState, random.Random)
 _MAPPINGS = (dict, types.MappingProxyType)
 _CONTAINERS = (*_MAPPINGS, list, tuple, set, frozenset, bytearray, collections.deque)
 _MOST_BYTES = 4096
-_MOST_STEPS = 20_000
 
 
 class Reach:
@@ -87,13 +86,13 @@ class Reach:
             if mentioned <= self._names:
                 break
             self._names = frozenset(mentioned)  # code found late may mention fields seen early
-        self.holds, self.swap = self._compile(len(roots))
+        self.holds, self.swap = self.proof.compile(len(roots))
         self.shape = tuple(self._shape)
 
     @property
     def inputs(self) -> int:
         """How many arrays ``holds`` returns."""
-        return len(self._inputs)
+        return len(self.proof.inputs)
 
     def _begin(self) -> None:
         self.cells: dict[Cell, int] = {c: i for i, c in enumerate(self._always)}
@@ -101,17 +100,13 @@ class Reach:
         self.watched: list[Any] = []
         self.versions: list[tuple[Any, int]] = []
         self._shape: list[Any] = []
-        self._lines: list[str] = []
-        self._constants: list[Any] = []
-        self._count = itertools.count()
+        self.proof = Proof()
         self._seen: dict[int, int] = {}
         self._classes: set[Any] = set()
         self._owners = 0
         self._alive: list[Any] = []
         self._undo: list[tuple[Any, Any, Any]] = []
         self._of_argument = False
-        self._inputs: list[tuple[str, str]] = []
-        """Arrays of which only the form is part of the proof: their variables and places."""
 
     def is_current(self) -> bool:
         """Tell whether all modules are as they were when they were looked at."""
@@ -119,7 +114,7 @@ class Reach:
 
     def forget(self) -> None:
         """Keep what proves, drop what keeps alive."""
-        self._alive, self._undo, self._constants = [], [], []
+        self._alive, self._undo = [], []
         self.objects, self.watched, self._seen = {}, [], {}
 
     def undo(self) -> None:
@@ -147,48 +142,12 @@ class Reach:
                 for name in kind:  # mentioned, and not there before
                     container.pop(name, None)
 
-    # The proof, as source of one function.
-
-    def _constant(self, value: Any) -> str:
-        self._constants.append(value)
-        return f"k{len(self._constants) - 1}"
-
-    def _get(self, text: str, value: Any) -> str:
-        """Add the way to a child; return the variable that will hold it."""
-        if len(self._lines) > _MOST_STEPS:
-            raise UnprovenError(
-                f"more than {_MOST_STEPS} things are in reach of a compiled function\n"
-                f"    fix: pass what it needs as arguments"
-            )
-        name = f"v{next(self._count)}"
-        self._lines.append(f"{name} = {text}")
-        self._alive.append(value)
-        return name
-
-    def _expect(self, condition: str) -> None:
-        self._lines.append(f"if {condition}: return None")
-
-    def _compile(self, count: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        if not self._lines:
-            return _always_holds, _always_holds
-        names = [f"r{i}" for i in range(count + 1)]
-        body = [f"({', '.join(names[1:])},) = roots"] if count else []
-        found = f"[{', '.join(name for name, _ in self._inputs)}]"
-        lines = "\n  ".join([*body, *self._lines, f"return {found}"])
-        source = f"def holds(r0, roots):\n try:\n  {lines}\n except _failures: return None\n"
-        steps = [line for line in self._lines if not line.startswith("if ")]
-        places = [f"{place} = arrays[{i}]" for i, (_, place) in enumerate(self._inputs)]
-        lines = "\n ".join([*body, *steps, f"found = {found}", *places, "return found"])
-        source += f"def swap(r0, roots, arrays):\n {lines}"
-        scope: dict[str, Any] = {f"k{i}": value for i, value in enumerate(self._constants)}
-        scope |= {"same_items": _same_items, "differs": _differs, "array_key": _any_array_key}
-        scope |= {"contents": _contents, "empty": _EMPTY}
-        scope |= {"form": array_form}
-        scope["_failures"] = (AttributeError, LookupError, TypeError, ValueError)
-        exec(compile(source, "<lamina: what a compiled function depends on>", "exec"), scope)
-        return scope["holds"], scope["swap"]
-
     # Finding.
+
+    def _step(self, text: str, value: Any) -> str:
+        """Add a step to the proof that leads to ``value``, which lives at least as long."""
+        self._alive.append(value)
+        return self.proof.step(text)
 
     def _child(
         self, parent: str | None, text: str, value: Any, label: Any, place: bool = False
@@ -201,32 +160,32 @@ class Reach:
         if place and parent is not None and self._of_argument and is_array(value):
             form = array_form(value)
             self._shape.append(form)
-            name = self._get(text.format(parent), value)
-            self._expect(f"form({name}) != {self._constant(form)}")
-            self._inputs.append((name, text.format(parent)))
+            name = self._step(text.format(parent), value)
+            self.proof.refute(f"form({name}) != {self.proof.constant(form)}")
+            self.proof.inputs.append((name, text.format(parent)))
             return
         if is_plain(value):
             self._shape.append(value_key(value))
             if parent is not None:
-                name = self._get(text.format(parent), value)
-                known = self._constant(value)
-                self._expect(f"{name} is not {known} and differs({name}, {known})")
+                name = self._step(text.format(parent), value)
+                known = self.proof.constant(value)
+                self.proof.refute(f"{name} is not {known} and differs({name}, {known})")
             return
         name = None
         if parent is not None:
-            name = self._get(text.format(parent), value)
+            name = self._step(text.format(parent), value)
             self._expect_identity(name, value)
         self._visit_value(value, name)
 
     def _expect_identity(self, name: str, value: Any) -> None:
         if isinstance(value, _CONTAINERS):
-            self._expect(f"type({name}) is not {self._constant(type(value))}")
+            self.proof.refute(f"type({name}) is not {self.proof.constant(type(value))}")
         elif isinstance(value, types.MethodType):  # made anew at each look-up
-            self._expect(f"type({name}) is not {self._constant(types.MethodType)}")
+            self.proof.refute(f"type({name}) is not {self.proof.constant(types.MethodType)}")
         elif self._watch(value):
-            self._expect(f"id({name}) != {id(value)}")
+            self.proof.refute(f"id({name}) != {id(value)}")
         else:
-            self._expect(f"{name} is not {self._constant(value)}")
+            self.proof.refute(f"{name} is not {self.proof.constant(value)}")
 
     def _watch(self, value: Any) -> bool:
         try:
@@ -240,8 +199,8 @@ class Reach:
         """Return the variable of a value, which if need be is found by a weak reference."""
         if name is not None or not self._watch(value):
             return name
-        name = self._get(f"{self._constant(weakref.ref(value))}()", value)
-        self._expect(f"{name} is None")
+        name = self._step(f"{self.proof.constant(weakref.ref(value))}()", value)
+        self.proof.refute(f"{name} is None")
         return name
 
     def _visit(self, value: Any, at: int) -> None:
@@ -250,8 +209,8 @@ class Reach:
         self._shape.append(("root", at))
         if is_plain(value):
             self._shape.append(value_key(value))
-            known = self._constant(value)
-            self._expect(f"{name} is not {known} and differs({name}, {known})")
+            known = self.proof.constant(value)
+            self.proof.refute(f"{name} is not {known} and differs({name}, {known})")
             return
         self._visit_value(value, name)
         if isinstance(value, Module) or hasattr(type(value), "__lamina_reach__"):
@@ -259,7 +218,7 @@ class Reach:
 
     def _visit_value(self, value: Any, name: str | None) -> None:
         kind = type(value)
-        if _is_library_thing(value):
+        if is_library_thing(value):
             self._shape.append(Same(value))
             if name is None:
                 self._watch(value)
@@ -320,15 +279,15 @@ class Reach:
         for index, free in enumerate(code.co_freevars):
             if free == "__class__":  # of super(): it can't be rebound
                 continue
-            content = _contents(function.__closure__[index])  # type: ignore[index]
+            content = contents(function.__closure__[index])  # type: ignore[index]
             if library and is_plain(content):
                 self._shape.append(value_key(content))
             elif library:
                 self._child(None, "", content, index)
-            elif content is _EMPTY:
+            elif content is EMPTY:
                 name = self._address(function, name)
-                self._shape.append(_EMPTY)
-                self._expect(f"contents({name}.__closure__[{index}]) is not empty")
+                self._shape.append(EMPTY)
+                self.proof.refute(f"contents({name}.__closure__[{index}]) is not empty")
             else:
                 name = self._address(function, name)
                 cells: Any = function.__closure__
@@ -345,7 +304,7 @@ class Reach:
         scope = function.__globals__
         used = sorted(globals_in(code) & scope.keys())
         found = {key: scope[key] for key in used}
-        if {"sys", "modules"} <= names_in(code) or not _READS_NAMES.isdisjoint(globals_in(code)):
+        if {"sys", "modules"} <= names_in(code) or not READS_NAMES.isdisjoint(globals_in(code)):
             raise UnprovenError(_BY_NAME.format(name=function.__qualname__))
         if found:
             name = self._address(function, name)
@@ -354,14 +313,14 @@ class Reach:
             self._child(name, f"{{}}.__globals__[{key!r}]", value, key)
         for module in sorted(imports_in(code)):
             if module in sys.modules and not is_library(module):
-                text = f"{self._constant(sys.modules)}[{module!r}]"
+                text = f"{self.proof.constant(sys.modules)}[{module!r}]"
                 self._child("", text, sys.modules[module], module)
         own = {k: v for k, v in function.__dict__.items() if k in self._names}
         if own:
             self._fields(function, function.__dict__, name)
-        for key in sorted(globals_in(code) - scope.keys() - _BUILTINS):
+        for key in sorted(globals_in(code) - scope.keys() - BUILTINS):
             name = self._address(function, name)  # a global that is not there yet
-            self._expect(f"{key!r} in {name}.__globals__")
+            self.proof.refute(f"{key!r} in {name}.__globals__")
 
     def _container(self, value: Any, name: str | None) -> None:
         kind = type(value)
@@ -372,7 +331,7 @@ class Reach:
         if isinstance(value, (set, frozenset)):
             self._shape.append(frozenset(map(value_key, value)))
             if name is not None:
-                self._expect(f"{name} != {self._constant(frozenset(value))}")
+                self.proof.refute(f"{name} != {self.proof.constant(frozenset(value))}")
             for item in items:
                 if not is_plain(item):
                     self._child(None, "", item, "member")
@@ -381,21 +340,21 @@ class Reach:
             keys = list(value)
             self._shape.append(tuple(map(value_key, keys)))
             if name is not None:
-                self._expect(f"not same_items({name}.keys(), {self._constant(keys)})")
+                self.proof.refute(f"not same_items({name}.keys(), {self.proof.constant(keys)})")
         if all(map(is_plain, items)):
             self._shape.append(tuple(map(value_key, items)))
             if name is not None:
                 where = f"{name}.values()" if isinstance(value, _MAPPINGS) else name
-                self._expect(f"not same_items({where}, {self._constant(items)})")
+                self.proof.refute(f"not same_items({where}, {self.proof.constant(items)})")
             return
         if name is not None and not isinstance(value, _MAPPINGS):
-            self._expect(f"len({name}) != {len(items)}")
+            self.proof.refute(f"len({name}) != {len(items)}")
         place = isinstance(value, (list, dict))
         for key, item in value.items() if isinstance(value, _MAPPINGS) else enumerate(value):
             if name is None:
                 self._child(None, "", item, "item")
             else:
-                text = repr(key) if isinstance(key, (int, str)) else self._constant(key)
+                text = repr(key) if isinstance(key, (int, str)) else self.proof.constant(key)
                 self._child(name, f"{{}}[{text}]", item, "item", place)
 
     def _array(self, value: Any, name: str | None) -> None:
@@ -413,10 +372,10 @@ class Reach:
             )
         if isinstance(value, np.ndarray) and value.flags.writeable:
             self._undo.append((value, "array", value.copy()))
-        key = _any_array_key(value)
+        key = any_array_key(value)
         self._shape.append(key)
         if name is not None:
-            self._expect(f"array_key({name}) != {self._constant(key)}")
+            self.proof.refute(f"array_key({name}) != {self.proof.constant(key)}")
 
     def _namespace(self, module: types.ModuleType, name: str | None) -> None:
         self._shape.append(module.__name__)
@@ -438,11 +397,11 @@ class Reach:
             return
         if hasattr(value, "__dict__"):
             self._fields(value, vars(value), name)
-        for slot in _slots(kind):
+        for slot in slots_of(kind):
             if (slot in self._names or self._reads_all()) and hasattr(value, slot):
                 name = self._address(value, name)
                 self._child(name, f"{{}}.{slot}", getattr(value, slot), slot)
-        if not hasattr(value, "__dict__") and not _slots(kind):
+        if not hasattr(value, "__dict__") and not slots_of(kind):
             self._shape.append(Same(value))
             before = self._owners
             for part in gc.get_referents(value):
@@ -453,11 +412,11 @@ class Reach:
         if not is_library(kind.__module__):
             name = self._address(value, name)
             if name is not None:
-                self._expect(f"type({name}) is not {self._constant(kind)}")
+                self.proof.refute(f"type({name}) is not {self.proof.constant(kind)}")
             self._class(kind, None, construct=False)
 
     def _reads_all(self) -> bool:
-        return not self._names.isdisjoint(_READS_ALL)
+        return not self._names.isdisjoint(READS_ALL)
 
     def _fields(self, holder: Any, fields: Any, name: str | None) -> None:
         # Code of a library's class, which is not looked at, may read any field of its instances;
@@ -468,20 +427,18 @@ class Reach:
             (self._reads_all() and own)
             or home == "collections"
             or (
-                home in _LIBRARY
-                and home not in sys.stdlib_module_names
-                and home not in _BY_IDENTITY
+                home in LIBRARY and home not in sys.stdlib_module_names and home not in _BY_IDENTITY
             )
         )
         chosen = [k for k in fields if everything or k in self._names]
         name = self._address(holder, name)
         # A mentioned field that is not there yet may come.
-        known = self._constant(self._names)
+        known = self.proof.constant(self._names)
         if not isinstance(holder, types.ModuleType):
             wanted = [k for k in fields if k in self._names]
-            self._expect(f"len({known}.intersection({name}.__dict__)) != {len(wanted)}")
+            self.proof.refute(f"len({known}.intersection({name}.__dict__)) != {len(wanted)}")
             if everything:
-                self._expect(f"len({name}.__dict__) != {len(fields)}")
+                self.proof.refute(f"len({name}.__dict__) != {len(fields)}")
         kept = {k: fields[k] for k in chosen}
         there = {k: fields[k] for k in fields if k in self._names}
         self._undo.append((fields, self._names - there.keys(), there))
@@ -504,7 +461,7 @@ class Reach:
                     continue
                 if not mentioned and key in _MAKERS and not construct:
                     continue
-                inner = _unwrapped(part)
+                inner = unwrapped(part)
                 if key in ("__dict__", "__weakref__"):
                     continue
                 if inner is part:
@@ -514,10 +471,10 @@ class Reach:
                     self._child(None, "", inner, key)
             there = {k: v for k, v in vars(base).items() if k in self._names}
             self._undo.append((base, "class", there))
-            known = self._constant(self._names)
+            known = self.proof.constant(self._names)
             count = len(there)
             where = self._address(base, name if base is cls else None)
-            self._expect(f"len({known}.intersection({where}.__dict__)) != {count}")
+            self.proof.refute(f"len({known}.intersection({where}.__dict__)) != {count}")
         if type(cls) is not type:
             self._class(type(cls), None, construct=False)
 
@@ -601,75 +558,7 @@ def cell_form(cell: Cell) -> Any:
     return None if form is None else (form.shape, form.dtype)
 
 
-_EMPTY = object()
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet, or deleted
-        return _EMPTY
-
-
-def _always_holds(fn: Any, roots: list[Any], arrays: Any = ()) -> list[Any]:
-    return []
-
-
-def array_form(value: Any) -> Any:
-    """Return what a program is specialised to of an array."""
-    if not is_array(value):
-        return None
-    return tuple(value.shape), value.dtype, getattr(value, "weak_type", False)
-
-
-def _same_items(items: Any, known: list[Any]) -> bool:
-    """Compare plain values: in C as long as they are the same objects."""
-    return len(items) == len(known) and (
-        not any(map(operator.is_not, items, known))
-        or (
-            all(map(is_plain, items)) and list(map(value_key, items)) == list(map(value_key, known))
-        )
-    )
-
-
-def _differs(value: Any, known: Any) -> bool:
-    return not is_plain(value) or value_key(value) != value_key(known)
-
-
-def _any_array_key(value: Any) -> Any:
-    return array_key(value if isinstance(value, np.ndarray) else np.asarray(value))
-
-
-def is_library(name: str | None) -> bool:
-    """Tell whether a module belongs to a package that holds no state of the user's."""
-    return (name or "").partition(".")[0] in _LIBRARY
-
-
-def _is_library_thing(value: Any) -> bool:
-    """Tell whether a value is a module, class or plain function of a library."""
-    if isinstance(value, types.ModuleType):
-        return is_library(value.__name__)
-    if isinstance(value, type):
-        return is_library(value.__module__) or value.__module__ == "builtins"
-    if isinstance(value, types.FunctionType):
-        local = value.__closure__ or "<locals>" in value.__qualname__  # made anew each time
-        return is_library(value.__globals__.get("__name__")) and not local
-    if hasattr(value, "__wrapped__"):
-        home = getattr(value, "__module__", None)
-        return is_library(home) and not type(value).__module__.startswith(__name__[:6])
-    return False
-
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _unwrapped(part: Any) -> Any:
-    """Return the function of a static method, class method or property."""
-    if isinstance(part, (staticmethod, classmethod)):
-        return part.__func__
-    if isinstance(part, property):
-        return part.fget
-    return part.func if isinstance(part, functools.cached_property) else part
 
 
 def _is_base(cls: type) -> bool:
@@ -684,18 +573,6 @@ _NOT_CALLED = frozenset(
 )
 
 
-def _slots(kind: type) -> list[str]:
-    if is_library(kind.__module__):
-        return []
-    names: list[str] = []
-    for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else list(slots)
-    return [name for name in names if not name.startswith("__")]
-
-
-_BUILTINS = frozenset(dir(builtins))
-_READS_NAMES = frozenset({"globals", "locals", "eval", "exec", "__import__", "importlib"})
 _LRU_CACHE = type(functools.lru_cache(lambda: None))
 _HIDING = (
     weakref.ref, weakref.WeakValueDictionary, weakref.WeakKeyDictionary, weakref.WeakSet,
@@ -705,47 +582,6 @@ _HIDING = (
 _HOME = __name__.partition(".")[0]
 _BY_IDENTITY = frozenset({"jax", "jaxlib", "numpy", "ml_dtypes", _HOME})
 """Packages whose objects never change, or say so."""
-
-
-@functools.lru_cache(4096)
-def names_in(code: types.CodeType) -> frozenset[str]:
-    """Return all names that a function mentions, also in strings and in inner functions."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= names_in(constant)
-        elif isinstance(constant, str) and constant.isidentifier():
-            names.add(constant)
-        elif isinstance(constant, tuple):
-            names.update(c for c in constant if isinstance(c, str) and c.isidentifier())
-    return frozenset(names)
-
-
-@functools.lru_cache(4096)
-def imports_in(code: types.CodeType) -> frozenset[str]:
-    """Return the modules that a function imports when it runs, also in inner functions."""
-    names = {i.argval for i in dis.get_instructions(code) if i.opname == "IMPORT_NAME"}
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= imports_in(constant)
-    return frozenset(names)
-
-
-@functools.lru_cache(4096)
-def globals_in(code: types.CodeType) -> frozenset[str]:
-    """Return the global names that a function looks up, also in inner functions.
-
-    From the instructions: ``code.co_names`` holds names of attributes as well.
-    """
-    names = {
-        instruction.argval
-        for instruction in dis.get_instructions(code)
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL")
-    }
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= globals_in(constant)
-    return frozenset(names)
 
 
 _HIDDEN = """a {kind} is in reach of a compiled function, which can't see what it leads to.

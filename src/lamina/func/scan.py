@@ -56,9 +56,7 @@ def scan(
     """
     inputs = Partition(xs)
     owners = [leaf for leaf in inputs.rest if isinstance(leaf, Module)]
-    stacked = list(
-        dict.fromkeys(c for owner in owners for c in cells_of(owner) if not c.is_vacant)
-    )
+    stacked = list(dict.fromkeys(c for owner in owners for c in cells_of(owner) if not c.is_vacant))
     rows = inputs.chosen, list(map(bind.read, stacked))
     if length is None:
         leaves = jax.tree.leaves(rows)

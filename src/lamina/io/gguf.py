@@ -169,10 +169,10 @@ class _Reader:
             key = self._name()
             if key in facts:
                 raise self._error(f"has two facts that are named {key!r:.200}")
-            facts[key] = self._value(self._number(_U32), 0)
+            facts[key] = self._read_value(self._number(_U32), 0)
         return facts
 
-    def _value(self, code: int, depth: int) -> Any:
+    def _read_value(self, code: int, depth: int) -> Any:
         if code == _STRING:
             return str(self._take(self._number(_U64)), "utf-8", "replace")
         if code == _ARRAY:
@@ -194,12 +194,12 @@ class _Reader:
         if count > len(self.data) - self.at:
             raise self._error(f"has a list of {count} entries, more than fit in the file")
         if count <= MAX_LISTED:
-            return [self._value(code, depth + 1) for _ in range(count)]
+            return [self._read_value(code, depth + 1) for _ in range(count)]
         for _ in range(count):
             if code == _STRING:
                 self._take(self._number(_U64))
             else:
-                self._value(code, depth + 1)
+                self._read_value(code, depth + 1)
         return _Counted(count, "strings" if code == _STRING else "lists")
 
     def _info(self) -> _Info:

@@ -232,7 +232,9 @@ class ModuleList(_List):
         if not len(self):
             return f"{self._get_name()}()"
         lines = []
-        for text, group in itertools.groupby(enumerate(map(repr_of, self)), key=lambda pair: pair[1]):
+        for text, group in itertools.groupby(
+            enumerate(map(repr_of, self)), key=lambda pair: pair[1]
+        ):
             places = [place for place, _ in group]
             text = text.replace("\n", "\n  ")
             if len(places) == 1:

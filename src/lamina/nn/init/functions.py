@@ -1,8 +1,18 @@
 """PyTorch's ``nn.init`` functions: each gives a parameter or buffer a recipe, in place.
 
 They work before shapes are known and before there is a value; the recipe is then kept, and used
-when the value is made. ``generator`` is a JAX key or a ``lamina.Generator``; without it the value
-follows from the model's seed and the parameter's name.
+when the value is made. Common to all:
+
+Args:
+    tensor: a parameter or buffer.
+    generator: a JAX key or a ``lamina.Generator``; without it the value follows from the model's
+        seed and the parameter's name.
+
+Returns:
+    ``tensor``.
+
+Raises:
+    TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 """
 
 from __future__ import annotations
@@ -25,16 +35,8 @@ def uniform_(tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Any = No
     """Fill with values from U(a, b).
 
     Args:
-        tensor: parameter or buffer.
         a: lower bound (default 0).
         b: upper bound (default 1).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
-
-    Raises:
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -48,16 +50,8 @@ def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Any 
     """Fill with values from a normal distribution.
 
     Args:
-        tensor: parameter or buffer.
         mean: default 0.
         std: standard deviation (default 1).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
-
-    Raises:
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -78,18 +72,10 @@ def trunc_normal_(
     """Fill with values from a normal distribution restricted to [a, b].
 
     Args:
-        tensor: parameter or buffer.
         mean: of the distribution before it is cut (default 0).
         std: of the distribution before it is cut (default 1).
         a: lower bound, a value and not a multiple of ``std`` (default -2).
         b: upper bound (default 2).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
-
-    Raises:
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -103,14 +89,7 @@ def constant_(tensor: Tensor, val: float) -> Tensor:
     """Fill with one number.
 
     Args:
-        tensor: parameter or buffer.
         val: the number.
-
-    Returns:
-        ``tensor``.
-
-    Raises:
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -123,15 +102,6 @@ def constant_(tensor: Tensor, val: float) -> Tensor:
 def ones_(tensor: Tensor) -> Tensor:
     """Fill with 1.
 
-    Args:
-        tensor: parameter or buffer.
-
-    Returns:
-        ``tensor``.
-
-    Raises:
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
-
     Example:
         >>> from lamina import nn
         >>> nn.init.ones_(nn.Linear(3, 2).bias).data.tolist()
@@ -142,15 +112,6 @@ def ones_(tensor: Tensor) -> Tensor:
 
 def zeros_(tensor: Tensor) -> Tensor:
     """Fill with 0.
-
-    Args:
-        tensor: parameter or buffer.
-
-    Returns:
-        ``tensor``.
-
-    Raises:
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -166,12 +127,8 @@ def eye_(tensor: Tensor) -> Tensor:
     Args:
         tensor: parameter or buffer with two dimensions.
 
-    Returns:
-        ``tensor``.
-
     Raises:
         ShapeError: for another number of dimensions.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -188,12 +145,8 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
         tensor: parameter or buffer with 3, 4 or 5 dimensions.
         groups: number of channel groups (default 1).
 
-    Returns:
-        ``tensor``.
-
     Raises:
         ShapeError: for another number of dimensions, or one that ``groups`` does not divide.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -209,14 +162,9 @@ def xavier_uniform_(tensor: Tensor, gain: float = 1.0, generator: Any = None) ->
     Args:
         tensor: parameter or buffer with two dimensions or more.
         gain: factor (default 1).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
 
     Raises:
         ShapeError: for fewer dimensions.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -232,14 +180,9 @@ def xavier_normal_(tensor: Tensor, gain: float = 1.0, generator: Any = None) -> 
     Args:
         tensor: parameter or buffer with two dimensions or more.
         gain: factor (default 1).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
 
     Raises:
         ShapeError: for fewer dimensions.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -263,15 +206,10 @@ def kaiming_uniform_(
         a: negative slope of the leaky ReLU that follows (default 0).
         mode: ``"fan_in"`` (default) or ``"fan_out"``.
         nonlinearity: as for :func:`calculate_gain` (default ``"leaky_relu"``).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
 
     Raises:
         ValueError: for an unknown mode or nonlinearity.
         ShapeError: for fewer dimensions.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -295,15 +233,10 @@ def kaiming_normal_(
         a: negative slope of the leaky ReLU that follows (default 0).
         mode: ``"fan_in"`` (default) or ``"fan_out"``.
         nonlinearity: as for :func:`calculate_gain` (default ``"leaky_relu"``).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
 
     Raises:
         ValueError: for an unknown mode or nonlinearity.
         ShapeError: for fewer dimensions.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -319,14 +252,9 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Any = None) -> Tenso
     Args:
         tensor: parameter or buffer with two dimensions or more.
         gain: factor (default 1).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
 
     Raises:
         ShapeError: for fewer dimensions.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
@@ -344,14 +272,9 @@ def sparse_(tensor: Tensor, sparsity: float, std: float = 0.01, generator: Any =
         tensor: parameter or buffer with two dimensions.
         sparsity: share of zeros in each column, rounded up to whole elements.
         std: standard deviation of the others (default 0.01).
-        generator: JAX key or ``lamina.Generator`` (default: seed and name decide).
-
-    Returns:
-        ``tensor``.
 
     Raises:
         ShapeError: for another number of dimensions.
-        TypeMismatchError: if ``tensor`` is an array, which can't change in place.
 
     Example:
         >>> from lamina import nn
