@@ -7,10 +7,13 @@ JAX's defaults; the doctests run under those.
 
 import os
 
-# Both are read once, when JAX starts its backend, and so are set before the first import of jax.
+# Read once, when JAX starts its backend, and so set before the first import of jax. Tests compile
+# thousands of small programs that run once: XLA is told to spend little on each.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + " --xla_llvm_disable_expensive_passes=true"
 ).strip()
 
 import jax
@@ -18,6 +21,13 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_caches():
+    """Drop compiled programs after each file: thousands of them slow everything down."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

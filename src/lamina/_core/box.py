@@ -20,6 +20,7 @@ from .draw import Origin, Recipe, TracedSeed, draw
 from .errors import DeferredError, ShapeError, TypeMismatchError, format_shape
 from .operators import Operators
 from .random import BIRTHS, Generator
+from .recipe import are_equal
 from .shapes import Shape, Size, as_sharding, canonical, check_shape, fits, weakest
 from .walk import describe, identify, origin_of, touch
 
@@ -427,6 +428,9 @@ class Box(Cell, Operators):
         former = self._recipe, self._origin, self._seed
         self._recipe, self._origin, self._seed = recipe, None, seed
         if changes.outlives_compiled(self._born):  # only the value is new in each call
+            if not are_equal(recipe, former[0]):
+                self._recipe, self._origin, self._seed = former
+                self._refuse_change("recipe")
             try:
                 bind.write(self, self._checked(self.drawn(self.origin())))
             finally:
@@ -596,4 +600,4 @@ _NO_RECIPE = """{box} has no value and no recipe to make one.
 
 _STATIC = """{what} of {box} is changed inside a compiled function: the change would happen once, \
 while tracing, and then be lost.
-    fix: change it outside of the compiled function"""
+    fix: change it outside of the compiled function (a value may change inside: p.data = ...)"""

@@ -289,7 +289,8 @@ def _reachable(things: list[Any]) -> Iterator[Any]:
         elif hasattr(thing, "__dict__") and not isinstance(
             thing, (type, types.ModuleType, Cell, jax.Array)
         ):
-            things += vars(thing).values()
+            if not type(thing).__module__.startswith("lamina."):
+                things += vars(thing).values()
 
 
 _KEPT_BY_HOOK = """a hook has kept an array that it saw inside a transform, and that exists only \

@@ -40,6 +40,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number))
 
 
+def are_equal(one: Any, other: Any) -> bool:
+    """Tell whether two recipes follow one law."""
+    return one is other or (type(one) is type(other) and repr(one) == repr(other))
+
+
 def drawing_dtype(dtype: Any) -> Any:
     """Return float32 for narrower floats: a draw has the same bits whenever it is narrowed."""
     dtype = jnp.dtype(dtype)

@@ -26,7 +26,7 @@ def kept_by_jax(framed: bool) -> bool:
         ours = name.startswith("lamina.func.") and frame.f_code.co_name not in _OPEN_NO_FRAME
         if framed and ours:
             break  # what is further out was called before lamina's frame was opened
-        if not name.startswith(("jax.", "lamina._core.")):
+        if not name.startswith(("jax.", "lamina._core.bind", "lamina._core.stack")):
             defined.update(c for c in frame.f_code.co_consts if hasattr(c, "co_code"))
             above = frame.f_back
             caller = above.f_globals.get("__name__", "") if above is not None else ""

@@ -61,6 +61,9 @@ class Partition:
         return jax.tree.unflatten(self.treedef, [next(values) if use else x for x, use in pairs])
 
 
+_TAKEN = object()
+
+
 class Carrier:
     """Carries what is no array around a JAX transform, which would refuse it."""
 
@@ -71,7 +74,9 @@ class Carrier:
         """Return the arrays of a tree, and keep the rest."""
         self.parts = parts = Partition(tree)
         arrays = parts.chosen
-        parts.leaves = [None if use else x for x, use in zip(parts.leaves, parts.mask, strict=True)]
+        parts.leaves = [
+            _TAKEN if use else x for x, use in zip(parts.leaves, parts.mask, strict=True)
+        ]
         return arrays
 
     def give(self, arrays: Iterable[Any]) -> Any:

@@ -190,7 +190,8 @@ def stack(models: Sequence[Module]) -> Module:
             for fact in ("shape", "dtype", "requires_grad"):
                 one, two = (getattr(boxes[name], fact) for boxes in (columns[0], other))
                 if one != two:
-                    problems.append(f"  {name}: {fact} {one} in model 0, {two} in model {place}")
+                    what = "" if fact == "shape" else f"{fact} "
+                    problems.append(f"  {name}: {what}{one} in model 0, {two} in model {place}")
         if walk(models[0]).aliases != walk(models[place]).aliases:
             problems.append(f"  the ties of model 0 and of model {place} differ")
         problems += _different_attributes(models[0], models[place], place)
