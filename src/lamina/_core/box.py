@@ -180,10 +180,6 @@ class Box(Cell, Operators):
         """The number of dimensions; ``dim()`` is the same."""
         return len(self.shape)
 
-    def dim(self) -> int:
-        """Return the number of dimensions."""
-        return len(self.shape)
-
     @property
     def size(self) -> Size:
         """The number of elements. Called, the sizes: ``p.size()``, ``p.size(0)``.

@@ -61,8 +61,27 @@ class RuleError(LaminaError, ValueError):
     """A rule (for initialisation, sharding or renaming) matched nothing or is malformed."""
 
 
+class Problem(str):
+    """One thing that is wrong with one name; printed, ``name: what``."""
+
+    name: str
+
+    def __new__(cls, name: str, what: str, where: str = "") -> Problem:
+        problem = super().__new__(cls, f"{name}{where}: {what}")
+        problem.name = name
+        return problem
+
+
 class LoadError(LaminaError, RuntimeError):
-    """A state dict does not fit the model; the model is unchanged."""
+    """A state dict does not fit the model; the model is unchanged.
+
+    Attributes:
+        problems: what is wrong besides missing and unexpected names.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
 
 
 class FileError(LaminaError, ValueError):

@@ -130,6 +130,10 @@ class Operators:
     def __jax_array__(self) -> jax.Array:
         return self.data
 
+    def dim(self) -> int:
+        """Return the number of dimensions."""
+        return self.ndim
+
     def clone(self) -> jax.Array:
         """Return the value; a ``jax.Array`` never changes."""
         return self.data

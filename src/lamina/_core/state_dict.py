@@ -14,7 +14,7 @@ import numpy as np
 from . import bind
 from .bind import Cell
 from .box import Box, array
-from .errors import DeferredError, LoadError, ShapeError, did_you_mean, format_shape
+from .errors import DeferredError, LoadError, Problem, ShapeError, did_you_mean, format_shape
 from .nesting import nested
 from .shapes import canonical, fits
 from .walk import own_boxes, walk
@@ -207,7 +207,7 @@ def load_own(
         if not given:
             missing_keys.append(prefix + name)
         elif problem := take(box, state_dict[prefix + name], local_metadata):
-            error_msgs.append(f"{prefix + name}: {problem}")
+            error_msgs.append(Problem(prefix + name, problem))
     if prefix + EXTRA in state_dict:
         if takes_extra_state(module) or strict:
             module.set_extra_state(state_dict[prefix + EXTRA])
@@ -305,15 +305,16 @@ def _without_ties(net: Any, missing: list[str], state: Mapping[str, Any]) -> lis
 
 def conflicts(net: Any, state: Mapping[str, Any]) -> list[str]:
     """Find tied names for which a mapping holds different values."""
-    problems = []
+    problems: list[str] = []
     for alias, name in walk(net).aliases.items():
         if alias in state and name in state and state[alias] is not state[name]:
             first, second = np.asarray(array(state[name])), np.asarray(array(state[alias]))
             if first.shape != second.shape or first.tobytes() != second.tobytes():
-                problems.append(
-                    f"{alias}: tied to {name}, but the state dict holds two different values; "
-                    f"untie the parameters or drop one of the names"
+                what = (
+                    f"tied to {name}, but the state dict holds two different values; untie the "
+                    f"parameters or drop one of the names"
                 )
+                problems.append(Problem(alias, what))
     return problems
 
 
@@ -348,5 +349,6 @@ def _report(
         raise LoadError(
             f"the state dict does not fit {type(net).__name__}; nothing was loaded:\n"
             + "\n".join(lines)
-            + f"\n    fix: {fix}"
+            + f"\n    fix: {fix}",
+            problems,
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from .._core.bind import Frame
 from .._core.box import Box
-from .._core.errors import LoadError, did_you_mean
+from .._core.errors import LoadError, Problem, did_you_mean
 from .._core.shapes import canonical
 from .._core.state_dict import misfit, takes_extra_state, translates
 from .._core.walk import Tree, walk
@@ -198,7 +198,7 @@ class _Plan:
         self.chosen = chosen
         self.items: list[Item] = []
         self.extras: dict[str, Any] = {}
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.beside = match.beside
         self.unexpected = {} if chosen is not None else dict(match.strangers)
         if chosen is not None:
@@ -237,12 +237,12 @@ class _Plan:
                         else f"tied to {other_name}, but {first!r} and {other!r} hold two "
                         f"different values; untie the parameters or drop one of the names"
                     )
-                    self.problems.append(f"{name}: {what}")
+                    self.problems.append(Problem(name, what))
             item = Item(self.tree.names[box], first, box, value, box.declared_dtype)
             problem, target = _fit(item, self.dtype)
             if problem:
                 there = "" if first == name else f" [{first} in the source]"
-                self.problems.append(f"{name}{there}: {problem}")
+                self.problems.append(Problem(name, problem, there))
             self.items.append(item._replace(dtype=target))
 
     def _take_extra_state(self) -> None:
@@ -270,7 +270,7 @@ class _Plan:
             new: old for old, new in self.unexpected.items() if not self.content.refused(old)
         }
         shapes = {item.name: (np.shape(item.value), canonical(item.dtype)) for item in self.items}
-        bad = {problem.split(": ")[0].split(" [")[0] for problem in self.problems}
+        bad = {problem.name for problem in self.problems}
         for new, old in strangers.items():
             value = self.content.tensors[old]
             shapes.setdefault(new, (np.shape(value), canonical(value.dtype)))
@@ -287,8 +287,9 @@ class _Plan:
         try:
             jax.eval_shape(load, stand_ins)
         except LoadError as error:
-            lines = [line.strip() for line in str(error).splitlines()[1:]]
-            self.problems += [line for line in lines if not line.startswith("none of the")]
+            self.problems += [
+                p if isinstance(p, Problem) else Problem("", p) for p in error.problems
+            ]
             return
         except jax.errors.JAXTypeError:
             return  # it wants to see values; the load itself will tell
