@@ -16,7 +16,8 @@ from .._core.errors import ForeignTransformError, StaticWriteError, UnprovenErro
 from .._core.fingerprint import is_plain
 from .._core.random import note_draws
 from .arguments import is_data, is_leaf, run_swapped
-from .reach import Reach, cell_form
+from .proof import cell_form
+from .reach import Reach
 
 __all__ = ["KEPT", "Binding", "Look", "Program", "has_callbacks"]
 

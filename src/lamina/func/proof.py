@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from .._core.bind import Cell
 from .._core.box import is_array
 from .._core.errors import UnprovenError
 from .._core.fingerprint import array_key, is_plain, value_key
 
-__all__ = ["EMPTY", "Proof", "any_array_key", "array_form", "contents"]
+__all__ = ["EMPTY", "Proof", "any_array_key", "array_form", "cell_form", "contents"]
 
 _MOST_STEPS = 20_000
 
@@ -25,7 +26,8 @@ class Proof:
     """Steps ``v3 = v1.net`` and conditions on what they lead to, as the source of a function.
 
     Attributes:
-        inputs: arrays of which only the form is part of the proof: their variables and places.
+        inputs: arrays of which only the form is part of the proof: their variables, and the start
+            of a statement that puts another one in its place.
     """
 
     def __init__(self) -> None:
@@ -65,7 +67,10 @@ class Proof:
         lines = "\n  ".join([*body, *self._lines, f"return {found}"])
         source = f"def holds(r0, roots):\n try:\n  {lines}\n except failures: return None\n"
         steps = [line for line in self._lines if not line.startswith("if ")]
-        places = [f"{place} = arrays[{i}]" for i, (_, place) in enumerate(self.inputs)]
+        places = [
+            f"{put}arrays[{i}]" + ")" * put.startswith("put(")
+            for i, (_, put) in enumerate(self.inputs)
+        ]
         lines = "\n ".join([*body, *steps, f"found = {found}", *places, "return found"])
         source += f"def swap(r0, roots, arrays):\n {lines}"
         scope = _SCOPE | {f"k{i}": value for i, value in enumerate(self._constants)}
@@ -96,6 +101,12 @@ def array_form(value: Any) -> Any:
     return tuple(value.shape), value.dtype, getattr(value, "weak_type", False)
 
 
+def cell_form(cell: Cell) -> Any:
+    """Return shape and dtype of what a cell holds or is to hold, ``None`` if that is nothing."""
+    form = cell.form()
+    return None if form is None else (form.shape, form.dtype)
+
+
 def any_array_key(value: Any) -> Any:
     """Return a stand-in for the content of an array of any library."""
     return array_key(value if isinstance(value, np.ndarray) else np.asarray(value))
@@ -122,5 +133,6 @@ _SCOPE: dict[str, Any] = {
     "empty": EMPTY,
     "failures": (AttributeError, LookupError, TypeError, ValueError),
     "form": array_form,
+    "put": object.__setattr__,
     "same_items": _same_items,
 }

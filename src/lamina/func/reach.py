@@ -3,7 +3,7 @@
 From the function and the objects among its arguments ``Reach`` follows closures, globals, defaults,
 partials, methods, fields, items, and the Python functions and classes found there. Where a function
 mentions no name, its fields are not looked at: a counter beside the model changes nothing. The
-result serves three purposes:
+result serves four purposes:
 
 proof    ``holds``: each path still leads to what it led to, so the program is still the one
 inputs   what ``holds`` returns: arrays in fields and items of arguments, which vary freely
@@ -50,9 +50,9 @@ from .code import (
     slots_of,
     unwrapped,
 )
-from .proof import EMPTY, Proof, any_array_key, array_form, contents
+from .proof import EMPTY, Proof, any_array_key, array_form, cell_form, contents
 
-__all__ = ["Reach", "cell_form"]
+__all__ = ["Reach"]
 
 
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
@@ -150,11 +150,11 @@ class Reach:
         return self.proof.step(text)
 
     def _child(
-        self, parent: str | None, text: str, value: Any, label: Any, place: bool = False
+        self, parent: str | None, text: str, value: Any, label: Any, place: str = ""
     ) -> None:
         """Look at a child that is found by ``text``, in which ``{}`` stands for the parent.
 
-        ``place``: whether another value can be put there, so that an array may be an input.
+        ``place``: how another value is put there, if it can be: an array is then an input.
         """
         self._shape.append(label)
         if place and parent is not None and self._of_argument and is_array(value):
@@ -162,7 +162,7 @@ class Reach:
             self._shape.append(form)
             name = self._step(text.format(parent), value)
             self.proof.refute(f"form({name}) != {self.proof.constant(form)}")
-            self.proof.inputs.append((name, text.format(parent)))
+            self.proof.inputs.append((name, place.format(parent)))
             return
         if is_plain(value):
             self._shape.append(value_key(value))
@@ -349,13 +349,14 @@ class Reach:
             return
         if name is not None and not isinstance(value, _MAPPINGS):
             self.proof.refute(f"len({name}) != {len(items)}")
-        place = isinstance(value, (list, dict))
+        into = isinstance(value, (list, dict))
         for key, item in value.items() if isinstance(value, _MAPPINGS) else enumerate(value):
             if name is None:
                 self._child(None, "", item, "item")
             else:
                 text = repr(key) if isinstance(key, (int, str)) else self.proof.constant(key)
-                self._child(name, f"{{}}[{text}]", item, "item", place)
+                path = f"{{}}[{text}]"
+                self._child(name, path, item, "item", place=f"{path} = " if into else "")
 
     def _array(self, value: Any, name: str | None) -> None:
         size = getattr(value, "nbytes", _MOST_BYTES + 1)
@@ -400,7 +401,8 @@ class Reach:
         for slot in slots_of(kind):
             if (slot in self._names or self._reads_all()) and hasattr(value, slot):
                 name = self._address(value, name)
-                self._child(name, f"{{}}.{slot}", getattr(value, slot), slot)
+                put = f"put({{}}, {slot!r}, "
+                self._child(name, f"{{}}.{slot}", getattr(value, slot), slot, place=put)
         if not hasattr(value, "__dict__") and not slots_of(kind):
             self._shape.append(Same(value))
             before = self._owners
@@ -443,7 +445,8 @@ class Reach:
         there = {k: fields[k] for k in fields if k in self._names}
         self._undo.append((fields, self._names - there.keys(), there))
         for key, value in kept.items():
-            self._child(name, f"{{}}.__dict__[{key!r}]", value, key, place=True)
+            path = f"{{}}.__dict__[{key!r}]"
+            self._child(name, path, value, key, place=f"{path} = ")
 
     def _class(self, cls: type, name: str | None, construct: bool) -> None:
         """Look at the methods and class attributes that are mentioned, or that Python calls."""
@@ -550,12 +553,6 @@ class Reach:
                     self._child(None, "", hook, kind)
             if users:
                 self._class(type(module), None, construct=False)
-
-
-def cell_form(cell: Cell) -> Any:
-    """Return shape and dtype of what a cell holds or is to hold, ``None`` if that is nothing."""
-    form = cell.form()
-    return None if form is None else (form.shape, form.dtype)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
