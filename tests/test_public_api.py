@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,8 +75,13 @@ def described_functions():
 
 @pytest.mark.parametrize("name", described_functions())
 def test_an_args_section_names_every_argument(name):
+    """In the function's own docstring, or in that of a file whose functions share arguments."""
     thing = public_object(name)
-    section = inspect.cleandoc(thing.__doc__).split("Args:\n")[1].split("\n\n")[0]
+    texts = [thing.__doc__, sys.modules[thing.__module__].__doc__]
+    sections = [
+        inspect.cleandoc(t).split("Args:\n")[1].split("\n\n")[0] for t in texts if "Args:\n" in t
+    ]
+    section = "\n".join(sections)
     missing = [key for key in inspect.signature(thing).parameters if key not in section]
     assert not missing
 
