@@ -563,10 +563,10 @@ class Exchange:
 
     def run(self, program: Callable[..., Any], arrays: list[Any], name: str) -> Any:
         """Call a compiled program; the caller holds the lock."""
-        kept = list(map(_VALUE, self.kept))
+        kept = [cell._value for cell in self.kept]
         if not self.written:
             return program([], kept, arrays)[1]
-        donated = list(map(_VALUE, self.donated))
+        donated = [cell._value for cell in self.donated]
         count = _Handed.count
         copied = self._protect(donated) if self.seen != count else ()
         results: list[Any] = []
@@ -580,7 +580,12 @@ class Exchange:
             raise
         finally:
             if results:
-                _each(_SET_VALUE, self.written, results[0][0])
+                try:
+                    for cell, value in zip(self.written, results[0][0]):  # noqa: B905
+                        cell._value = value
+                except BaseException:  # an interrupt: what it stopped is done in C
+                    _each(_SET_VALUE, self.written, results[0][0])
+                    raise
                 _each(_SET_HANDED, copied, itertools.repeat(False))
                 self.seen = count
         return results[0][1]

@@ -17,7 +17,8 @@ from .._core.trees import as_array, is_arraylike
 
 __all__ = ["Arguments", "run_swapped"]
 
-NATIVE, OWNER, ARRAY, ROOT = range(1, 5)
+NATIVE, HOST, OWNER, ARRAY, ROOT = range(1, 6)
+"""Kinds of arguments: JAX's arrays, NumPy's, modules and optimizers, other data, other things."""
 
 
 KINDS: dict[type, int] = {}
@@ -28,8 +29,10 @@ def classify(leaf: Any) -> int:
     kind = type(leaf)
     found = KINDS.get(kind)
     if found is None:
-        if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+        if isinstance(leaf, jax.Array):
             found = NATIVE
+        elif isinstance(leaf, (np.ndarray, np.generic)):
+            found = HOST
         elif is_data(leaf):
             found = ARRAY
         else:
@@ -71,23 +74,23 @@ class Arguments:
             kwargs = {k: Static(v) if k in names else v for k, v in kwargs.items()}
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_leaf)
         kinds = tuple(map(classify, leaves))
-        is_array = [kind in (NATIVE, ARRAY) for kind in kinds]
+        is_array = [kind in (NATIVE, HOST, ARRAY) for kind in kinds]
         key: list[Any] = []
         shape: list[Any] = [treedef, tuple(is_array)]
         self.arrays: list[Any] = []
         self.roots: list[Any] = []
         for leaf, kind in zip(leaves, kinds, strict=True):
-            if kind in (NATIVE, ARRAY):
-                leaf = leaf if kind == NATIVE else as_array(leaf)
+            if kind in (NATIVE, HOST, ARRAY):
+                leaf = as_array(leaf) if kind == ARRAY else leaf
                 self.arrays.append(leaf)
                 form = (leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else (type(leaf), None)
-                key += form
+                key.append(leaf.aval if kind == NATIVE else form)
                 shape += form
             else:
                 leaf = leaf.value if isinstance(leaf, Static) else leaf
                 self.roots.append(leaf)
                 key.append(value_key(leaf) if is_plain(leaf) else id(leaf))
-        plain_call = not kwargs and all(KINDS.get(type(a)) in (NATIVE, OWNER) for a in args)
+        plain_call = not kwargs and all(KINDS.get(type(a)) in (NATIVE, HOST, OWNER) for a in args)
         if not plain_call:  # else the key is the one that Jitted.__call__ makes
             key.insert(0, treedef)
         self.key = tuple(key)

@@ -23,7 +23,7 @@ from .._core.hooks import refuse_kept
 from .._core.module import Module
 from .._core.random import BIRTHS, DEFAULT
 from .._core.trees import as_array
-from .arguments import KINDS, NATIVE, OWNER, Arguments, is_data, leaves_of, run_swapped
+from .arguments import HOST, KINDS, NATIVE, OWNER, Arguments, is_data, leaves_of, run_swapped
 from .program import KEPT, Binding, Look, Program, has_callbacks
 from .reach import Reach
 
@@ -117,10 +117,13 @@ class Jitted:
                 kind = KINDS.get(type(arg))
                 if kind == NATIVE:
                     arrays.append(arg)
-                    key += (arg.shape, arg.dtype)
+                    key.append(arg.aval)  # the same object for all arrays of a form
                 elif kind == OWNER:
                     roots.append(arg)
                     key.append(id(arg))
+                elif kind == HOST:
+                    arrays.append(arg)
+                    key.append((arg.shape, arg.dtype))
                 else:
                     break
             else:
