@@ -31,7 +31,7 @@ def test_programs_agree_compiled_and_uncompiled(first):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1000, 1200, 20))
+@pytest.mark.parametrize("first", range(1000, 1200, 50))
 def test_more_programs_agree_compiled_and_uncompiled(first):
     agree(range(first, first + 20))
 

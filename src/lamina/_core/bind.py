@@ -580,12 +580,7 @@ class Exchange:
             raise
         finally:
             if results:
-                try:
-                    for cell, value in zip(self.written, results[0][0]):  # noqa: B905
-                        cell._value = value
-                except BaseException:  # an interrupt: what it stopped is done in C
-                    _each(_SET_VALUE, self.written, results[0][0])
-                    raise
+                _each(_SET_VALUE, self.written, results[0][0])
                 _each(_SET_HANDED, copied, itertools.repeat(False))
                 self.seen = count
         return results[0][1]

@@ -22,7 +22,7 @@ from .operators import Operators
 from .random import BIRTHS, Generator
 from .recipe import are_equal
 from .shapes import Shape, Size, as_sharding, canonical, check_shape, fits, weakest
-from .walk import describe, identify, origin_of, touch
+from .walk import changed, describe, identify, origin_of, touch
 
 __all__ = ["Box", "Recipe", "array", "is_array"]
 
@@ -247,7 +247,7 @@ class Box(Cell, Operators):
         if self._requires_grad != bool(flag):
             self._refuse_change("requires_grad")
             self._requires_grad = bool(flag)
-            touch(self.owners)
+            touch(self.owners, by=changed(self, "requires_grad", not flag, bool(flag)))
 
     def _refuse_change(self, what: str) -> None:
         changes.refuse_static_change(self._born, _STATIC, box=self.describe(), what=what)

@@ -23,12 +23,12 @@ from .registry import Registry
 from .shapes import as_sharding, is_inexact, parse_targets
 from .state_dict import StateDict, load_own, load_state_dict, save_own, save_state_dict
 from .trees import as_array
-from .walk import Links, own_boxes, path_of, touch, walk
+from .walk import Links, changed, own_boxes, path_of, told_apart, touch, walk
 
 __all__ = ["Module", "repr_of"]
 
 _MISSING = object()
-_SIMPLE = (int, float, str, bytes, bool, type(None))
+_SIMPLE = frozenset({int, float, str, bytes, bool, type(None)})
 
 
 class Module(Hooked):
@@ -146,20 +146,24 @@ class Module(Hooked):
     def _set_plain(self, name: str, value: Any) -> None:
         fields = self.__dict__
         old = fields.get(name, _MISSING)
-        if old is value or (type(old) is type(value) in _SIMPLE and repr(old) == repr(value)):
+        plain = type(old) in _SIMPLE and type(value) in _SIMPLE
+        if old is value or (
+            plain and type(old) is type(value) and told_apart(old) == told_apart(value)
+        ):
             return
-        if STATE.frames and not changes.is_born_inside(fields["_links"].born):
-            if bind.holds_tracer(value) and not STATE.inferring:
-                changes.refuse_tracer_attribute(type(self).__name__, name)
+        links = fields["_links"]
+        if STATE.frames:
+            inside, cls = changes.is_born_inside(links.born), type(self).__name__
             if not STATE.inferring:
-                changes.refuse_static_change(
-                    fields["_links"].born, _PLAIN_ATTRIBUTE, cls=type(self).__name__, name=name
-                )
-            changes.on_error(lambda: self._put_back(name, old), always=not STATE.inferring)
+                if bind.holds_tracer(value) and not inside:
+                    changes.refuse_tracer_attribute(cls, name)
+                changes.refuse_static_change(links.born, _PLAIN_ATTRIBUTE, cls=cls, name=name)
+            if not inside:
+                changes.on_error(lambda: self._put_back(name, old), always=not STATE.inferring)
         if name in fields["_array_attributes"]:
             del fields["_array_attributes"][name]
         fields[name] = value
-        touch((fields["_links"].me,))
+        touch((links.me,), by=changed(links, name, old, value) if plain else None)
 
     def _put_back(self, name: str, old: Any) -> None:
         if old is _MISSING:

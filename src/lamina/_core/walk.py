@@ -6,6 +6,7 @@ come before the buffers. A box reached by several names is one box: the first na
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -35,7 +36,8 @@ class Links:
     Attributes:
         me: a weak reference to the module.
         parents: weak references to the modules that have, or had, it as a child.
-        revision: changes whenever something changes here or below that a program may depend on.
+        revision: stands for all here and below that a program may depend on: a sum of random
+            numbers, so that a flag that is set and set back leads back to the same revision.
         structure: changes whenever a part is added, replaced or removed here or below.
         tree: the names below, as far as they are known.
         born: which open trace the module was made in, if any.
@@ -170,8 +172,12 @@ def revision_of(module: Node) -> int:
     return module._links.revision
 
 
-def touch(owners: Iterable[Any], structure: bool = False) -> None:
-    """Give a new revision to modules, by weak references, and to all that contain them."""
+def touch(owners: Iterable[Any], structure: bool = False, by: int | None = None) -> None:
+    """Give a new revision to modules, by weak references, and to all that contain them.
+
+    ``by``: what is added to the revisions, from :func:`changed`; left out, a fresh number.
+    """
+    by = _FRESH.getrandbits(64) if by is None else by
     stack = list(owners)
     seen = set()
     while stack:
@@ -180,9 +186,25 @@ def touch(owners: Iterable[Any], structure: bool = False) -> None:
             continue
         seen.add(id(module))
         links = module._links
-        links.revision += 1
+        links.revision += by
         links.structure += structure
         stack += links.parents
+
+
+_FRESH = random.Random()
+
+
+def changed(holder: Any, name: str, old: Any, new: Any) -> int:
+    """Return what a change of a plain value adds to revisions; changed back, it is taken away."""
+    where = id(holder)
+    return hash((where, name, type(new), told_apart(new))) - hash(
+        (where, name, type(old), told_apart(old))
+    )
+
+
+def told_apart(value: Any) -> Any:
+    """Return what tells a plain value from others of its type: zeros have signs, and NaN is one."""
+    return repr(value) if type(value) is float and (not value or value != value) else value
 
 
 def root_of(module: Node) -> Any:

@@ -29,7 +29,8 @@ from .reach import Reach
 
 __all__ = ["Jitted", "jit"]
 
-_MOST_BINDINGS = 256
+_MOST_BINDINGS, _MOST_STATES = 256, 4
+"""How many sets of arguments, and how many states of the same objects, are kept ready."""
 
 
 def jit(
@@ -102,7 +103,7 @@ class Jitted:
             (static_argnames,) if isinstance(static_argnames, str) else static_argnames
         )
         self._has_static = bool(self._static_numbers or self._static_names)
-        self._bindings: dict[Any, Binding] = {}
+        self._bindings: dict[Any, tuple[Binding, ...]] = {}
         self._programs: dict[Any, list[Program]] = {}
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -127,11 +128,11 @@ class Jitted:
                 else:
                     break
             else:
-                found = self._bindings.get(tuple(key))
-                if found is not None and not STATE.frames and trace_mark() == CLEAN:
-                    extra = found.holds(self.fn, roots)
-                    if extra is not None:
-                        return found.run([*arrays, *extra] if extra else arrays, roots)
+                if not STATE.frames and trace_mark() == CLEAN:
+                    for found in self._bindings.get(tuple(key), ()):
+                        extra = found.holds(self.fn, roots)
+                        if extra is not None:
+                            return found.run([*arrays, *extra] if extra else arrays, roots)
         return self._slow(args, kwargs)
 
     def _slow(self, args: Any, kwargs: Any) -> Any:
@@ -143,9 +144,11 @@ class Jitted:
         call = Arguments(args, kwargs, self._static_numbers, self._static_names)
         inside = bool(STATE.frames) or trace_mark() != CLEAN
         with LOCK:
-            found = self._bindings.get(call.key)
-            extra = None if found is None else found.holds(self.fn, call.roots)
-            if found is None or extra is None:
+            for found in self._bindings.get(call.key, ()):
+                extra = found.holds(self.fn, call.roots)
+                if extra is not None:
+                    break
+            else:
                 found = self._bind(call)
                 self._keep(call.key, found)
                 extra = found.steps(self.fn, call.roots)
@@ -155,14 +158,16 @@ class Jitted:
         return found.run(arrays, call.roots)
 
     def _keep(self, key: Any, binding: Binding) -> None:
-        former = self._bindings.get(key)
-        for old in [b for b in self._bindings.values() if b.dead or b is former]:
+        for old in [b for found in self._bindings.values() for b in found if b.dead]:
             self._forget(old)
         while len(self._bindings) >= _MOST_BINDINGS:
-            self._forget(next(iter(self._bindings.values())))
+            self._bindings.pop(next(iter(self._bindings)))
         while len(self._programs) > _MOST_BINDINGS:
             self._programs.pop(next(iter(self._programs)))
-        self._bindings[key] = binding
+        others = self._bindings.get(key, ())
+        # The newest first. Those that bind other cells, as after a load or a new layer, are gone.
+        same = [old for old in others if old.is_of(binding)]
+        self._bindings[key] = (binding, *same[: _MOST_STATES - 1])
         binding.key = key
 
     def _bind(self, call: Arguments) -> Binding:
@@ -232,8 +237,11 @@ class Jitted:
         return reach, Look(reach, touched, forms, frame, has_callbacks(jaxpr.jaxpr))
 
     def _forget(self, binding: Binding) -> None:
-        if self._bindings.get(binding.key) is binding:
-            del self._bindings[binding.key]
+        others = [b for b in self._bindings.get(binding.key, ()) if b is not binding]
+        if others:
+            self._bindings[binding.key] = tuple(others)
+        else:
+            self._bindings.pop(binding.key, None)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """Return the lowered program for these arguments (``jax.stages.Lowered``)."""

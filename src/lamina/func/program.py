@@ -145,6 +145,7 @@ class Binding:
         self.draws: list[tuple[Any, int]] = [(cells[i], n) for i, n in look.draws]
         self.loose = [cells[i] for i in look.loose]
         self._prove(reach, forget)
+        self.cells = set(map(id, cells))
         if not program.has_served(cells):
             program.served.append(list(map(weakref.ref, cells)))
 
@@ -184,6 +185,10 @@ class Binding:
         if self.loose and list(map(cell_form, self.loose)) != self.forms:
             return None
         return self.steps(fn, roots)
+
+    def is_of(self, other: Binding) -> bool:
+        """Tell whether it binds the same cells as another."""
+        return self.cells == other.cells
 
     def object_place(self, leaf: Any) -> int | None:
         return self.numbers.get(id(leaf))
