@@ -1383,3 +1383,24 @@ def test_new_values_need_nothing():
         net.load_state_dict(other)
         np.testing.assert_allclose(f(net, X), np.full((2, 3), 1 + 4 * math.tanh(4)), rtol=1e-5)
     assert watch.runs == 0
+
+
+def test_flags_of_different_parameters_do_not_cancel_out():
+    """One flag set and another set back is another state; all set back is the old one."""
+    net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)])
+    links, seen = net._links, set()
+    first = links.revision
+    for p in net.parameters():
+        p.requires_grad = False
+        seen.add(links.revision)
+        p.requires_grad = True
+        assert links.revision == first
+    assert len(seen) == 40
+    for one, other in zip(net[::2].parameters(), net[1::2].parameters(), strict=True):
+        one.requires_grad = False
+        seen.add(links.revision)
+        one.requires_grad, other.requires_grad = True, False
+        seen.add(links.revision)
+        other.requires_grad = True
+    assert len(seen) == 40
+    assert links.revision == first
