@@ -13,7 +13,7 @@ PACKAGE = "lamina"
 MAXIMUM_LINES = 600
 LONGER = {
     # One class is one file; most of it is the documentation of a module's public methods.
-    "_core/module.py": 860,
+    "_core/module.py": 800,
 }
 MOST_PRIVATE_USES = 60
 

@@ -4,11 +4,12 @@ import array
 import collections
 import dataclasses
 import enum
+import importlib.util
 import io
 import itertools
+import pathlib
 import queue
 import random
-import sys
 import threading
 import types
 from typing import Any
@@ -23,6 +24,12 @@ import lamina
 from lamina import nn
 from lamina.errors import LaminaError, StaticWriteError
 from lamina.nn import functional as F
+
+_PATH = pathlib.Path(__file__).parents[1] / "counting.py"
+_LOADER = importlib.util.spec_from_file_location("lamina_counting", _PATH)
+counting = importlib.util.module_from_spec(_LOADER)
+_LOADER.loader.exec_module(counting)
+Watch = counting.Watch
 
 X = jnp.ones(2)
 
@@ -50,34 +57,6 @@ def value(out):
     out = np.asarray(out)
     assert (out == out.flat[0]).all()
     return float(out.flat[0])
-
-
-class Runs:
-    """Counts, within a ``with`` block, how often Python enters a function and XLA compiles.
-
-    A count kept by the function itself would be a change of state, which compiled functions refuse.
-    """
-
-    def __init__(self, fn):
-        self.code = fn.__code__
-        self.count = self.compiles = 0
-
-    def __enter__(self):
-        self.before = sys.getprofile()
-        jax.monitoring.register_event_duration_secs_listener(self.listen)
-        sys.setprofile(self.note)
-        return self
-
-    def __exit__(self, *_):
-        sys.setprofile(self.before)
-        jax.monitoring.unregister_event_duration_listener(self.listen)
-
-    def note(self, frame, event, _):
-        if event == "call" and frame.f_code is self.code:
-            self.count += 1
-
-    def listen(self, event, *_, **__):
-        self.compiles += event == "/jax/core/compile/backend_compile_duration"
 
 
 def in_namespace(source, **names):
@@ -250,15 +229,15 @@ def test_an_equal_object_shares_the_program():
     first = Config(inner=Config())
     expected = f(net, first, X)
     f(net, first, X)
-    with Runs(step) as runs:
+    with Watch(step) as runs:
         for _ in range(3):
             np.testing.assert_array_equal(f(net, Config(inner=Config()), X), expected)
-    assert runs.count <= 3
+    assert runs.runs <= 3
     assert runs.compiles == 0
-    with Runs(step) as runs:
+    with Watch(step) as runs:
         f(net, first, X)
         f(net, first, X)
-    assert runs.count == 0
+    assert runs.runs == 0
 
 
 def test_equality_of_objects_is_not_believed():
@@ -336,7 +315,7 @@ def test_arrays_in_fields_are_inputs():
     assert value(f(net, config, X)) == 1
     f(net, config, X)
     fours, one = jnp.full(2, 4.0, jnp.float32), jnp.ones(())
-    with Runs(step) as runs:
+    with Watch(step) as runs:
         config.table[:] = 3.0
         assert value(f(net, config, X)) == 3
         config.table = fours
@@ -554,11 +533,11 @@ def test_instances_with_other_arrays_share_the_program(make):
     f(first, x)
     f(first, x)
     others = {number: Tables(make(number)) for number in (3.0, 4.0, 5.0)}
-    with Runs(Tables.forward) as runs:
+    with Watch(Tables.forward) as runs:
         for number, net in others.items():
             assert value(f(net, x)) == number
         assert value(f(first, x)) == 2
-    assert runs.count <= 3
+    assert runs.runs <= 3
     assert runs.compiles == 0
 
 
@@ -572,7 +551,7 @@ def test_a_changed_array_attribute_is_noticed(as_argument):
     g = lamina.jit(apply)
     f = (lambda x: g(net, x)) if as_argument else lamina.jit(lambda x: apply(net, x))
     assert [value(f(X)), value(f(X))] == [2, 2]
-    with Runs(apply) as runs:
+    with Watch(apply) as runs:
         net.table[:] = 3.0
         assert value(f(X)) == 3
         net.table = np.full(2, 4.0, np.float32)
@@ -581,7 +560,7 @@ def test_a_changed_array_attribute_is_noticed(as_argument):
         assert value(f(X)) == 5
         net.table = net.table * 2
         assert value(f(X)) == 10
-    assert runs.count <= 4
+    assert runs.runs <= 4
     net.table = np.full((3, 2), 6.0, np.float32)
     assert f(X[None]).shape == (3, 2)
     net.table = np.full(2, 7, np.int32)
@@ -740,9 +719,9 @@ def test_batches_of_a_torch_data_loader(torch):
 
         compiled, losses, later = jit(step), [], 0
         for index, (x, y) in enumerate(loader):
-            with Runs(step) as runs:
+            with Watch(step) as runs:
                 losses.append(float(compiled(net, opt, x, y)))
-            later += runs.count if index else 0
+            later += runs.runs if index else 0
         return [*losses, *np.asarray(net.weight.data).flat], later
 
     numbers, later = run(lamina.jit)
@@ -770,10 +749,10 @@ def test_whole_batches_of_a_torch_data_loader(torch):
 
     f = lamina.jit(step)
     for index, batch in enumerate(DataLoader(rows, batch_size=2)):
-        with Runs(step) as runs:
+        with Watch(step) as runs:
             total = float(f(net, batch))
         assert total == float(batch["x"].sum() + batch["y"].sum())
-        assert not index or runs.count == 0
+        assert not index or runs.runs == 0
 
 
 def test_a_torch_tensor_changed_in_place(torch):
@@ -897,13 +876,13 @@ def test_what_gives_itself_as_an_array(kind):
     data = np.ones(2, np.float32)
     image = kind(data)
     assert [value(f(net, image)), value(f(net, image))] == [1, 1]
-    with Runs(step) as runs:
+    with Watch(step) as runs:
         data[:] = 3
         assert value(f(net, image)) == 3
         assert value(f(net, kind(np.full(2, 4, np.float32)))) == 4
         assert value(f(net, jnp.full(2, 5.0, jnp.float32))) == 5
         assert value(f(net, np.full(2, 6, np.float32))) == 6
-    assert runs.count == 0
+    assert runs.runs == 0
 
 
 # What can change unseen is refused.

@@ -154,6 +154,24 @@ class Hooked:
         return self._add_hook("_load_hooks", hook)
 
 
+def run_forward_hooks(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    for hook, with_kwargs, _ in list(module._forward_hooks.values()):
+        runs(hook)
+        result = hook(module, args, kwargs, output) if with_kwargs else hook(module, args, output)
+        output = output if result is None else result
+    return output
+
+
+def run_pre_hook(module: Any, hook: Any, with_kwargs: bool, args: Any, kwargs: Any) -> Any:
+    runs(hook)
+    result = hook(module, args, kwargs) if with_kwargs else hook(module, args)
+    if result is None:
+        return args, kwargs
+    if with_kwargs:
+        return result
+    return (result if isinstance(result, tuple) else (result,)), kwargs
+
+
 def run_backward_hooks(
     module: Any, before: list[Any], after: list[Any], args: tuple[Any, ...], forward: Any
 ) -> Any:

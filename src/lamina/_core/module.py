@@ -15,17 +15,18 @@ from .bind import STATE, Cell
 from .box import Box, is_array
 from .errors import DeferredError, did_you_mean
 from .explain import NoAttribute, explained
-from .hooks import Hooked, run_backward_hooks, runs
-from .nesting import CALLS, DEEP, nested
+from .fingerprint import value_key
+from .hooks import Hooked, run_backward_hooks, run_forward_hooks, run_pre_hook
+from .nesting import CALLS, DEEP, far_below, made_after, nested, repr_of
 from .parameter import ArrayAttribute, Buffer, Parameter
 from .random import BIRTHS
 from .registry import Registry
 from .shapes import as_sharding, is_inexact, parse_targets
 from .state_dict import StateDict, load_own, load_state_dict, save_own, save_state_dict
 from .trees import as_array
-from .walk import Links, changed, own_boxes, path_of, told_apart, touch, walk
+from .walk import Links, changed, join, own_boxes, path_of, touch, walk
 
-__all__ = ["Module", "repr_of"]
+__all__ = ["Module"]
 
 _MISSING = object()
 _SIMPLE = frozenset({int, float, str, bytes, bool, type(None)})
@@ -112,7 +113,7 @@ class Module(Hooked):
         elif name in buffers:
             self._assign(buffers, name, value)
         elif name in arrays and (value is None or is_array(value)):
-            bind.write(arrays[name], _plain_array(value))
+            bind.write(arrays[name], None if value is None else as_array(value))
         elif name in modules:
             container = None if value is None else self._contain(value, self._where(name))
             if container is None and value is not None:
@@ -123,7 +124,7 @@ class Module(Hooked):
                 )
             modules[name] = container
         elif is_array(value) and self._takes_array(name, value):
-            self._register(name, ArrayAttribute(_plain_array(value), name), arrays)
+            self._register(name, ArrayAttribute(as_array(value), name), arrays)
         else:
             if isinstance(value, (list, tuple, dict)):
                 container = self._contain(value, self._where(name))
@@ -147,9 +148,7 @@ class Module(Hooked):
         fields = self.__dict__
         old = fields.get(name, _MISSING)
         plain = type(old) in _SIMPLE and type(value) in _SIMPLE
-        if old is value or (
-            plain and type(old) is type(value) and told_apart(old) == told_apart(value)
-        ):
+        if old is value or (plain and value_key(old) == value_key(value)):
             return
         links = fields["_links"]
         if STATE.frames:
@@ -306,7 +305,7 @@ class Module(Hooked):
             def infer_shapes(self, x):
                 self.weight.shape = (x.shape[-1], self.units)
         """
-        names = [name for name, box in own_boxes(self) if box.is_unshaped and not box.is_place]
+        names = [name for name, box in own_boxes(self) if _lacks_size(box)]
         if names:
             raise DeferredError(
                 f"{path_of(self)}: the sizes of {', '.join(names)} are unknown and "
@@ -316,7 +315,7 @@ class Module(Hooked):
 
     def has_uninitialized_params(self) -> bool:
         """Tell whether some size of a parameter or buffer is unknown, here or below."""
-        return any(box.is_unshaped and not box.is_place for box in walk(self).names)
+        return any(_lacks_size(box) for box in walk(self).names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = STATE
@@ -331,7 +330,7 @@ class Module(Hooked):
             CALLS.enter()
         try:
             for hook, with_kwargs in list(self._forward_pre_hooks.values()):
-                args, kwargs = _run_pre_hook(self, hook, with_kwargs, args, kwargs)
+                args, kwargs = run_pre_hook(self, hook, with_kwargs, args, kwargs)
             if links.pending:
                 self._infer_own(args, kwargs)
             if self._backward_hooks or self._backward_pre_hooks:
@@ -343,7 +342,7 @@ class Module(Hooked):
             else:
                 output = self.forward(*args, **kwargs)
             if self._forward_hooks:
-                output = _run_forward_hooks(self, args, kwargs, output)
+                output = run_forward_hooks(self, args, kwargs, output)
             return output
         except Exception as error:
             for hook, with_kwargs, always in list(self._forward_hooks.values()):
@@ -365,7 +364,7 @@ class Module(Hooked):
         try:
             changes.on_error(lambda: self._become(cls, True))
             self.infer_shapes(*args, **kwargs)
-            pending = any(b.is_unshaped and not b.is_place for _, b in own_boxes(self))
+            pending = any(_lacks_size(b) for _, b in own_boxes(self))
             self._become(become if become is not None and not pending else cls, pending)
         finally:
             state.inferring = former
@@ -406,7 +405,7 @@ class Module(Hooked):
                 if module in memo:
                     continue
                 memo.add(module)
-            yield _join(prefix, name), module
+            yield join(prefix, name), module
 
     def modules(self) -> Iterator[Module]:
         """Yield this module and all below it, each once."""
@@ -430,7 +429,7 @@ class Module(Hooked):
         for name, box in walk(self).entries if recurse else own_boxes(self):
             if isinstance(box, kind) and not (once and box in seen):
                 seen.add(box)
-                yield _join(prefix, name), box
+                yield join(prefix, name), box
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -742,7 +741,7 @@ class Module(Hooked):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, args, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        return _made_after, (_below(self), function, args), *rest
+        return made_after, (far_below(self), function, args), *rest
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_links"}
@@ -782,42 +781,8 @@ class Module(Hooked):
         return twin
 
 
-def _below(module: Module) -> list[Module]:
-    """Return some of the modules far below a deep one, the deepest first.
-
-    Written before it, they spare pickle the way down, which is in C and has little room.
-    """
-    found = []
-    level = {id(module): module}
-    seen: set[int] = set()
-    depth = 0
-    while level:
-        seen |= level.keys()
-        parts = [part for m in level.values() for part in m._modules.values() if part is not None]
-        level = {id(part): part for part in parts if id(part) not in seen}
-        depth += 1
-        if depth % _STEP == 0:
-            found += level.values()
-    return found[::-1]
-
-
-_STEP = 25
-
-
-def _made_after(below: list[Module], function: Callable[..., Any], args: Any) -> Any:
-    """Make a module whose parts far below are made already."""
-    return function(*args)
-
-
-def repr_of(child: Any) -> str:
-    """Return ``repr(child)`` without passing through C, where there is less room."""
-    method: Any = type(child).__repr__
-    return method(child)
-
-
-def _plain_array(value: Any) -> Any:
-    """Keep JAX and NumPy arrays as they are; take a copy of those of other libraries."""
-    return None if value is None else as_array(value)
+def _lacks_size(box: Box) -> bool:
+    return box.is_unshaped and not box.is_place
 
 
 def _link(part: Any, me: Any) -> None:
@@ -827,28 +792,6 @@ def _link(part: Any, me: Any) -> None:
     elif isinstance(part, Module) and me not in part._links.parents:
         parents = part._links.parents
         part._links.parents = (*(ref for ref in parents if ref() is not None), me)
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix and name else prefix or name
-
-
-def _run_forward_hooks(module: Module, args: Any, kwargs: Any, output: Any) -> Any:
-    for hook, with_kwargs, _ in list(module._forward_hooks.values()):
-        runs(hook)
-        result = hook(module, args, kwargs, output) if with_kwargs else hook(module, args, output)
-        output = output if result is None else result
-    return output
-
-
-def _run_pre_hook(module: Module, hook: Any, with_kwargs: bool, args: Any, kwargs: Any) -> Any:
-    runs(hook)
-    result = hook(module, args, kwargs) if with_kwargs else hook(module, args)
-    if result is None:
-        return args, kwargs
-    if with_kwargs:
-        return result
-    return (result if isinstance(result, tuple) else (result,)), kwargs
 
 
 _PLAIN_ATTRIBUTE = """{cls}.{name} is a plain Python attribute and is changed inside a compiled \

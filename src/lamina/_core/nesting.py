@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["CALLS", "DEEP", "METHODS", "nested"]
+__all__ = ["CALLS", "DEEP", "far_below", "made_after", "nested", "repr_of"]
 
 DEEP = 100
 """From this many nested calls of one kind on there is more room."""
@@ -71,3 +71,36 @@ def nested(method: Method) -> Method:
             depth.calls -= 1
 
     return call  # type: ignore[return-value]
+
+
+def far_below(module: Any) -> list[Any]:
+    """Return some of the modules far below a deep one, the deepest first.
+
+    Written before it, they spare pickle the way down, which is in C and has little room.
+    """
+    found = []
+    level = {id(module): module}
+    seen: set[int] = set()
+    depth = 0
+    while level:
+        seen |= level.keys()
+        parts = [part for m in level.values() for part in m._modules.values() if part is not None]
+        level = {id(part): part for part in parts if id(part) not in seen}
+        depth += 1
+        if depth % _STEP == 0:
+            found += level.values()
+    return found[::-1]
+
+
+_STEP = 25
+
+
+def made_after(below: list[Any], function: Callable[..., Any], args: Any) -> Any:
+    """Make a module whose parts far below are made already."""
+    return function(*args)
+
+
+def repr_of(child: Any) -> str:
+    """Return ``repr(child)`` without passing through C, where there is less room."""
+    method: Any = type(child).__repr__
+    return method(child)

@@ -21,6 +21,7 @@ __all__ = [
     "cells_of",
     "describe",
     "identify",
+    "join",
     "own_boxes",
     "path_of",
     "revision_of",
@@ -136,6 +137,11 @@ class Tree:
 _LEAVE: Any = object()
 
 
+def join(prefix: str, name: str) -> str:
+    """Return a dotted path; either part may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
 def own_boxes(module: Node) -> Iterator[tuple[str, Any]]:
     """Yield a module's own parameters, then its own buffers, by local name."""
     for registry in (module._parameters, module._buffers):
@@ -199,11 +205,6 @@ def changed(holder: Any, name: str, old: Any, new: Any) -> int:
     # Of strings: the hashes of tuples that differ in one number differ in much the same way.
     what = f"{id(holder)} {name}"
     return hash(f"{what} {type(new)} {new!r}") - hash(f"{what} {type(old)} {old!r}")
-
-
-def told_apart(value: Any) -> Any:
-    """Return what tells a plain value from others of its type: zeros have signs, and NaN is one."""
-    return repr(value) if type(value) is float and (not value or value != value) else value
 
 
 def root_of(module: Node) -> Any:

@@ -12,8 +12,7 @@ import numpy as np
 from .._core.box import Box
 from .._core.errors import did_you_mean, format_shape
 from .._core.module import Module as CoreModule
-from .._core.module import repr_of
-from .._core.nesting import nested
+from .._core.nesting import nested, repr_of
 from .._core.parameter import Parameter
 from ..func.jit import jit
 

@@ -15,7 +15,7 @@ from .._core.box import Box
 from .._core.materialize import infer
 from .._core.module import Module
 from .._core.parameter import Parameter
-from .._core.walk import Tree, own_boxes, walk
+from .._core.walk import Tree, join, own_boxes, walk
 from .flops import Call, count_flops
 from .shapes import abstract, describe_shapes
 
@@ -172,7 +172,7 @@ def record(net: Module, specs: tuple[Any, ...], kwargs: dict[str, Any], flops: b
                 name=name,
                 kind=type(module).__name__,
                 depth=name.count(".") + 1 if name else 0,
-                boxes=tuple(boxes[_join(name, key)] for key, _ in own_boxes(module)),
+                boxes=tuple(boxes[join(name, key)] for key, _ in own_boxes(module)),
                 size=sizes.get(name, Size()),
                 calls=len(own),
                 output=describe_shapes(own[-1].output) if own else None,
@@ -291,7 +291,3 @@ def _with_containers(rows: list[ModuleRow]) -> list[ModuleRow]:
 def _sum(parts: list[float | None]) -> float | None:
     known = [part for part in parts if part is not None]
     return sum(known) if known and len(known) == len(parts) else None
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
